@@ -1,0 +1,7 @@
+"""Capstan: run, train and judge big models on the hardware that you have.
+
+Importing this package imports nothing heavy. Each room is imported by name:
+`from capstan.generation import Engine`.
+"""
+
+__version__ = "0.1.0"
