@@ -1,13 +1,13 @@
 """Every error that Capstan raises on purpose. Each says what was wanted, what was found, what to do.
 
-    CapstanError
-    ├── UsageError           the call or command line itself is wrong (exit code 2)
-    ├── InputError           a file, line, packet or tensor is not what it should be
-    ├── UnsupportedModel     the model cannot be run by this engine
-    ├── DoesNotFit           memory or disk granted is too small for the plan
-    ├── MissingExtra         an optional package is not installed
-    ├── DeviceError          hardware that was asked for is not there or failed
-    └── TimeoutExpired       a wait reached its bound: a peer, a disk or a thread did not answer
+CapstanError
+├── UsageError           the call or command line itself is wrong (exit code 2)
+├── InputError           a file, line, packet or tensor is not what it should be
+├── UnsupportedModel     the model cannot be run by this engine
+├── DoesNotFit           memory or disk granted is too small for the plan
+├── MissingExtra         an optional package is not installed
+├── DeviceError          hardware that was asked for is not there or failed
+└── TimeoutExpired       a wait reached its bound: a peer, a disk or a thread did not answer
 """
 
 import importlib.util

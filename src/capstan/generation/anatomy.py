@@ -1,0 +1,234 @@
+"""What one pass through the model takes, found out without weights.
+
+The layers are run on the meta device, where tensors have shapes but no bytes: that gives each layer's
+attention geometry, its arithmetic and the memory of its intermediate values for any model that
+transformers can build, without a table of architectures.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from capstan.errors import UnsupportedModel
+from capstan.generation.attention import AttentionGeometry, geometry_of
+from capstan.generation.skeleton import FrontOutput, LayerCall, Skeleton
+from capstan.storage.live_bytes import LiveBytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAnatomy:
+    """One decoder layer: its attention, and its arithmetic apart from attention."""
+
+    geometry: AttentionGeometry
+    flops_per_token: float
+
+
+class Anatomy:
+    """Facts about a skeleton, each measured once.
+
+    Raises:
+        UnsupportedModel: a layer does not call its attention exactly once.
+    """
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self._skeleton = skeleton
+        self.itemsize = skeleton.compute_dtype.itemsize
+        front = self._front(2)
+        self.call_bytes_per_token = self._call_bytes_per_token()
+        self.layers = tuple(self._layer(index, front.calls[index]) for index in range(skeleton.num_layers))
+        self.workspace_bytes = cache(self._workspace_bytes)
+        self.dispatch_s = self._dispatch_s()
+
+    @property
+    def cached_elements(self) -> tuple[int, ...]:
+        """Elements of keys and values that one token leaves in each layer's cache."""
+        return tuple(layer.geometry.cached_elements for layer in self.layers)
+
+    def _front(self, num_tokens: int) -> FrontOutput:
+        """The front's output on the host, from weights that are all zero and take no memory."""
+        skeleton = self._skeleton
+        rest = {spec.name: torch.zeros((), dtype=spec.dtype).expand(spec.shape) for spec in skeleton.rest}
+        width = skeleton.state[skeleton.table].shape[1]
+        rows = torch.zeros((), dtype=skeleton.compute_dtype).expand(num_tokens, width)
+        with torch.inference_mode():
+            return skeleton.front(rows, torch.zeros(num_tokens, dtype=torch.long), rest)
+
+    def _call_bytes_per_token(self) -> int:
+        """Bytes of layer arguments (rotary tables and the like) that each token keeps during a sweep."""
+        few, many = (_storage_bytes(self._front(count).calls) for count in (16, 32))
+        return -(-(many - few) // 16)
+
+    def _layer(self, index: int, call: LayerCall) -> LayerAnatomy:
+        skeleton = self._skeleton
+        seen: list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]] = []
+
+        def attend(_: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+            seen.append((query, key, value, options))
+            return _attention_result(query, value)
+
+        self._run_on_meta(index, call, 2, attend)
+        if len(seen) != 1:
+            raise UnsupportedModel(
+                f"Layer {index} of {type(skeleton.model).__name__} calls its attention {len(seen)} times; "
+                "this engine places the KV cache of layers that call it once."
+            )
+        query, key, value, options = seen[0]
+        return LayerAnatomy(
+            geometry=geometry_of(query, key, value, options, type(skeleton.model).__name__),
+            flops_per_token=_flops_per_token(skeleton, index),
+        )
+
+    def _workspace_bytes(self, num_tokens: int) -> int:
+        """Peak bytes of intermediate values while any one layer runs over `num_tokens` tokens, apart from
+        its input and the insides of attention."""
+        front = self._front(num_tokens)
+        peaks = {}
+        for index in range(self._skeleton.num_layers):
+            kind = _kind(self._skeleton, index)
+            if kind not in peaks:
+                live = LiveBytes()
+                self._run_on_meta(index, front.calls[index], num_tokens, _attend_on_meta, live)
+                peaks[kind] = live.peak_bytes
+        return max(peaks.values())
+
+    def _dispatch_s(self) -> float:
+        """Seconds that Python and torch's dispatcher need for one layer, however small its tensors."""
+        call = self._front(1).calls[0]
+        clocks = [_Clock() for _ in range(5)]
+        for clock in clocks:
+            self._run_on_meta(0, call, 1, _attend_on_meta, clock)
+        return sorted(clock.seconds for clock in clocks)[2]
+
+    def _run_on_meta(
+        self,
+        index: int,
+        call: LayerCall,
+        num_tokens: int,
+        attend: Any,
+        observer: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        skeleton = self._skeleton
+        skeleton.attend_with(attend)
+        weights = {
+            spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            for spec in skeleton.layer_tensors(index)
+        }
+        hidden = torch.empty(1, num_tokens, skeleton.hidden_size, dtype=skeleton.compute_dtype, device="meta")
+        call = tree_map(_to_meta, call)
+        with (
+            torch.inference_mode(),
+            _buffers_on_meta(skeleton.layers[index]),
+            _experts_stand_in(skeleton, index),
+            observer or nullcontext(),
+        ):
+            skeleton.layer(index, hidden, call, weights)
+
+
+class _Clock:
+    """Measures the seconds spent inside a `with` block."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start_s = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._start_s
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _attention_result(query: Tensor, value: Tensor) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def _attend_on_meta(_: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    return _attention_result(query, value)
+
+
+def _storage_bytes(calls: list[LayerCall]) -> int:
+    storages = {
+        leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
+        for leaf in tree_leaves(calls)
+        if isinstance(leaf, Tensor)
+    }
+    return sum(storages.values())
+
+
+def _kind(skeleton: Skeleton, index: int) -> tuple[Any, ...]:
+    shapes = tuple(spec.shape for spec in skeleton.layer_tensors(index))
+    return (type(skeleton.layers[index]), shapes)
+
+
+def _flops_per_token(skeleton: Skeleton, index: int) -> float:
+    """Two operations for each weight of a matrix; of a stack of experts, only those that a token visits."""
+    config = skeleton.config.get_text_config()
+    visited = getattr(config, "num_experts_per_tok", None) or 1
+    flops = 0.0
+    for spec in skeleton.layer_tensors(index):
+        if len(spec.shape) == 2:
+            flops += 2 * spec.num_elements
+        elif len(spec.shape) == 3:
+            flops += 2 * spec.num_elements * min(1.0, visited / spec.shape[0])
+    return flops
+
+
+@contextmanager
+def _buffers_on_meta(layer: nn.Module) -> Iterator[None]:
+    """A layer's own computed buffers must be on the device of its inputs."""
+    moved = [
+        (part, name, buffer)
+        for part in layer.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and not buffer.is_meta
+    ]
+    for part, name, buffer in moved:
+        part._buffers[name] = buffer.to("meta")
+    try:
+        yield
+    finally:
+        for part, name, buffer in moved:
+            part._buffers[name] = buffer
+
+
+@contextmanager
+def _experts_stand_in(skeleton: Skeleton, index: int) -> Iterator[None]:
+    """Which expert a token visits depends on data, so experts cannot run without it. In their place stands
+    what they allocate: a row for each visit, through every matrix, all kept until the result is summed."""
+    stacks = [
+        module
+        for module in skeleton.layers[index].modules()
+        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    ]
+    for module in stacks:
+        module.forward = _stand_in_for(module)
+    try:
+        yield
+    finally:
+        for module in stacks:
+            del module.forward
+
+
+def _stand_in_for(experts: nn.Module) -> Any:
+    widths = [
+        width
+        for parameter in experts.parameters(recurse=False)
+        if parameter.dim() == 3
+        for width in parameter.shape[1:]
+    ]
+
+    def forward(hidden: Tensor, chosen: Tensor, *_: Any, **__: Any) -> Tensor:
+        visits = chosen.numel()
+        kept = [hidden.new_empty(visits, width) for width in (*widths, hidden.shape[-1], hidden.shape[-1])]
+        return kept[0].new_empty(hidden.shape)
+
+    return forward

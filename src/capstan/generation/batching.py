@@ -1,0 +1,203 @@
+"""Which sequences are computed together: slots, and who sits in them.
+
+A *block* is what one sweep over the layers computes: several GPU batches, each with a number of slots that
+have room for a number of tokens. Sequences wait in a queue, longest first, so that whoever is next always
+fits where a longer one sat and neighbours are of similar length. A sequence that ends frees its slot, and
+the next one starts in the same sweep in which the others go on.
+
+Nothing here knows a tensor: the planner runs the same code on lengths alone to predict every byte.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Length(NamedTuple):
+    """Tokens of a sequence: those that are given, and those to generate at most."""
+
+    prompt: int
+    new: int
+
+    @property
+    def cached(self) -> int:
+        """Rows that it ever has in the cache: the last new token is never read again."""
+        return self.prompt + self.new - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """A GPU batch: so many slots, each with room for so many tokens."""
+
+    slots: int
+    capacity: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """The batches of a block, and the most prompt tokens that pass through a layer at a time."""
+
+    batches: tuple[BatchShape, ...]
+    chunk_tokens: int
+
+    @property
+    def num_slots(self) -> int:
+        return sum(batch.slots for batch in self.batches)
+
+    def halved(self) -> "BlockShape | None":
+        """Half the slots, or None when there is only one: what to try when memory ran out."""
+        if self.num_slots <= 1:
+            return None
+        if len(self.batches) > 1:
+            return BlockShape(batches=self.batches[: len(self.batches) // 2], chunk_tokens=self.chunk_tokens)
+        batch = self.batches[0]
+        half = BatchShape(slots=batch.slots // 2, capacity=batch.capacity)
+        return BlockShape(batches=(half,), chunk_tokens=self.chunk_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Tokens `start … start + count - 1` of a sequence that sits in a slot."""
+
+    sequence: int
+    slot: int
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Work that passes through a layer at once: either whole prompts, or one token of each sequence."""
+
+    is_prefill: bool
+    works: tuple[Work, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(work.count for work in self.works)
+
+
+class BatchWork(NamedTuple):
+    """What one GPU batch does in one sweep."""
+
+    batch: int
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass
+class _Seat:
+    sequence: int
+    length: Length
+    num_done: int = 0  # tokens whose keys and values are in the cache
+
+
+@dataclass
+class Block:
+    """The slots of a block and the queue before it.
+
+    `sweep()` says what to compute next; `finish()` reports sequences that ended early. Sequences that have
+    generated all their tokens leave by themselves.
+    """
+
+    shape: BlockShape
+    lengths: Sequence[Length]
+    _queue: list[int] = field(init=False)
+    _seats: list[list[_Seat | None]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        by_length = sorted(range(len(self.lengths)), key=lambda index: (-self.lengths[index].cached, index))
+        self._queue = by_length[::-1]  # the longest is popped first
+        self._seats = [[None] * batch.slots for batch in self.shape.batches]
+
+    @property
+    def num_running(self) -> int:
+        return sum(seat is not None for seats in self._seats for seat in seats)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    def unfinished(self) -> list[int]:
+        """Sequences that run or wait."""
+        running = [seat.sequence for seats in self._seats for seat in seats if seat is not None]
+        return sorted([*running, *self._queue])
+
+    def sweep(self) -> list[BatchWork]:
+        """The work of the next sweep, batch by batch; empty when all is done. Counts it as done."""
+        self._admit()
+        return [
+            BatchWork(index, chunks)
+            for index, seats in enumerate(self._seats)
+            if (chunks := tuple(self._chunks(seats)))
+        ]
+
+    def advance(self) -> list[int]:
+        """Sequences that have just generated their last token; their slots are free."""
+        ended = [
+            seat.sequence
+            for seats in self._seats
+            for seat in seats
+            if seat is not None and seat.num_done >= seat.length.cached
+        ]
+        self.finish(ended)
+        return ended
+
+    def finish(self, sequences: Sequence[int]) -> None:
+        """Free the slots of these sequences."""
+        gone = set(sequences)
+        for seats in self._seats:
+            for slot, seat in enumerate(seats):
+                if seat is not None and seat.sequence in gone:
+                    seats[slot] = None
+
+    def _admit(self) -> None:
+        for batch, seats in zip(self.shape.batches, self._seats, strict=True):
+            for slot, seat in enumerate(seats):
+                if seat is None and self._queue:
+                    length = self.lengths[self._queue[-1]]
+                    if length.cached <= batch.capacity:
+                        seats[slot] = _Seat(self._queue.pop(), length)
+
+    def _chunks(self, seats: list[_Seat | None]) -> Iterator[Chunk]:
+        decoding: list[Work] = []
+        prompts: list[Work] = []
+        for slot, seat in enumerate(seats):
+            if seat is None:
+                continue
+            count = 1 if seat.num_done else seat.length.prompt
+            work = Work(sequence=seat.sequence, slot=slot, start=seat.num_done, count=count)
+            (decoding if seat.num_done else prompts).append(work)
+            seat.num_done += count
+        if decoding:
+            yield Chunk(is_prefill=False, works=tuple(decoding))
+        yield from _whole_prompts(prompts, self.shape.chunk_tokens)
+
+
+def _whole_prompts(prompts: list[Work], chunk_tokens: int) -> Iterator[Chunk]:
+    """Prompts gathered into chunks of at most `chunk_tokens`; one that is longer goes alone."""
+    gathered: list[Work] = []
+    for work in prompts:
+        if gathered and sum(each.count for each in gathered) + work.count > chunk_tokens:
+            yield Chunk(is_prefill=True, works=tuple(gathered))
+            gathered = []
+        gathered.append(work)
+    if gathered:
+        yield Chunk(is_prefill=True, works=tuple(gathered))
+
+
+def shape_for(lengths: Sequence[Length], *, slots: int, batches: int, chunk_tokens: int) -> BlockShape:
+    """A block of `batches` GPU batches of `slots` slots for these sequences, without idle slots.
+
+    Capacities fall from batch to batch as the queue does: batch k has room for its longest first guest.
+    """
+    ordered = sorted((length.cached for length in lengths), reverse=True)
+    shapes = []
+    for index in range(batches):
+        guests = ordered[index * slots : (index + 1) * slots]
+        if guests:
+            shapes.append(BatchShape(slots=len(guests), capacity=guests[0]))
+    return BlockShape(batches=tuple(shapes), chunk_tokens=chunk_tokens)

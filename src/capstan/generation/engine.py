@@ -1,0 +1,386 @@
+"""The engine: a model, its weights in place, and the jobs that run on it."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import psutil
+import torch
+
+from capstan.errors import DeviceError, InputError, UsageError
+from capstan.generation.batching import Length
+from capstan.generation.job import Job, OnProgress
+from capstan.generation.model import Model, dominant_dtype, open_model
+from capstan.generation.placement import Tier, parse_wish
+from capstan.generation.planner import JobPlan, Planner
+from capstan.generation.requests import Answer, Completion, Request, Score, TokenLogprob
+from capstan.generation.sequences import Sequence as Growing
+from capstan.generation.weights import WeightStore
+from capstan.hardware import Machine, this_machine
+from capstan.plans import Plan, Trace, parse_bytes
+from capstan.storage import Checkpoint, DiskSlab
+from capstan.storage.slab import aligned
+from capstan.transport import Lane, Ledger
+
+# What an engine is opened for when nobody says: enough sequences that the block is not the limit.
+USUAL_LENGTHS = (Length(prompt=512, new=128),) * 64
+
+
+class Engine:
+    """Generates with a model that may be larger than the memory granted to it.
+
+        with Engine.open("models/llama", device_memory="8GiB", host_memory="32GiB") as engine:
+            print(engine.plan)
+            for completion in engine.generate([Request(prompt="Once upon a time")]):
+                print(completion.text)
+
+    `plan` is the plan of the last job (or of the opening), `trace` what the last job was seen to take.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        planner: Planner,
+        opening: JobPlan,
+        weights: WeightStore,
+        *,
+        device: torch.device,
+        disk_folder: Path | None,
+        disk: DiskSlab | None,
+        ledger: Ledger,
+    ) -> None:
+        self.model = model
+        self._planner, self._opening, self._weights = planner, opening, weights
+        self._device, self._disk_folder, self._disk, self._ledger = device, disk_folder, disk, ledger
+        self.plan: Plan = opening.plan
+        self.trace: Trace | None = None
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        device: str = "auto",
+        device_memory: str | int | None = None,
+        host_memory: str | int | None = None,
+        disk: str | Path | None = None,
+        weight_bits: int | None = None,
+        cache_bits: int | None = None,
+        place: Sequence[str] = (),
+        dtype: torch.dtype | None = None,
+        lengths: Sequence[Length] = USUAL_LENGTHS,
+        machine: Machine | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> Self:
+        """Open a model folder in Hugging Face format, plan, and bring the weights to their places.
+
+        Args:
+            folder: has config.json, *.safetensors and, for text, a tokenizer.
+            device: "cuda", "cpu" (a slice of host memory plays the device), or "auto".
+            device_memory, host_memory: what may be used, as `"8GiB"` or bytes; default: most of what is free.
+            disk: a folder for scratch files, if the cache, activations or quantised weights may go to disk.
+                Weights in their own bits are read from `folder` in place and need none.
+            weight_bits, cache_bits: 16, 8 or 4; None for the checkpoint's own.
+            place: a placement by hand, as `["weights=device:0.3,host:0.7", "cache=host"]`.
+            dtype: what to compute in; None chooses what this machine computes fastest without loss.
+            lengths: what the engine will mostly be asked for, so that it is planned for that.
+            machine: measured rates; None takes this machine's cached profile, or probes it for some seconds.
+            checkpoint: where weights come from, if not from `folder`.
+
+        Raises:
+            InputError, UnsupportedModel: the folder does not hold a model that this engine can run.
+            DoesNotFit: the budgets are too small even for one sequence.
+            UsageError: a malformed size or placement.
+        """
+        planner, torch_device = plan_for(
+            folder,
+            device=device,
+            device_memory=device_memory,
+            host_memory=host_memory,
+            disk=disk,
+            weight_bits=weight_bits,
+            cache_bits=cache_bits,
+            place=place,
+            dtype=dtype,
+            machine=machine,
+            checkpoint=checkpoint,
+        )
+        opening = planner.plan(lengths)
+        return cls._with_weights(planner, opening, torch_device, Path(disk) if disk else None)
+
+    @classmethod
+    def _with_weights(
+        cls, planner: Planner, opening: JobPlan, device: torch.device, disk_folder: Path | None
+    ) -> Self:
+        model, tiers = planner.model, opening.placement.weights
+        ledger = Ledger()
+        encoded_bytes = sum(
+            aligned(each.stored_bytes)
+            for each in model.inventory.placeable.values()
+            if tiers[each.name] == "disk" and not each.is_as_in_checkpoint
+        )
+        disk = DiskSlab(disk_folder, encoded_bytes) if encoded_bytes and disk_folder else None
+        model.skeleton.to(device)
+        weights = WeightStore(
+            model.inventory,
+            tiers,
+            checkpoint=model.checkpoint,
+            sources=model.sources,
+            device=device,
+            disk=disk,
+            lane=Lane("weights", device=device, ledger=ledger),
+        )
+        engine = cls(
+            model, planner, opening, weights, device=device, disk_folder=disk_folder, disk=disk, ledger=ledger
+        )
+        try:
+            with torch.inference_mode():
+                for _ in weights.load():
+                    pass
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    # --- jobs --------------------------------------------------------------------------------------------
+
+    def generate(
+        self, requests: Iterable[Request], *, on_progress: OnProgress | None = None
+    ) -> Iterator[Completion]:
+        """Answer requests; completions come as they are done, not in the order asked.
+
+        A request without an id gets its index as one.
+
+        Raises:
+            InputError: an empty prompt, or one that does not fit the model's context.
+        """
+        asked = [
+            request if request.id else replace(request, id=str(index))
+            for index, request in enumerate(requests)
+        ]
+        sequences = [
+            growing for index, request in enumerate(asked) for growing in self._sequences(index, request)
+        ]
+        if not sequences:
+            return
+        answered: dict[int, dict[int, Growing]] = {}
+        for growing in self._run(sequences, keeps_cache=True, on_progress=on_progress):
+            mine = answered.setdefault(growing.request_index, {})
+            mine[growing.answer] = growing
+            if len(mine) == growing.request.n:
+                del answered[growing.request_index]
+                yield _completion([mine[answer] for answer in range(growing.request.n)])
+
+    def score(self, texts: Iterable[str | Sequence[int]]) -> list[Score]:
+        """The log-probability of every token of each text given the ones before it, in the order given."""
+        asked = [Request(prompt=text, max_tokens=1, id=str(index)) for index, text in enumerate(texts)]
+        sequences = [
+            growing
+            for index, request in enumerate(asked)
+            for growing in self._sequences(index, request, fits=0)
+        ]
+        if not sequences:
+            return []
+        for _ in self._run(sequences, keeps_cache=False, on_progress=None):
+            pass
+        return [
+            Score(
+                tokens=tuple(growing.prompt),
+                logprobs=tuple(entry.logprob for entry in growing.prompt_logprobs),
+            )
+            for growing in sequences
+        ]
+
+    def tokens_of(self, prompt: str | Sequence[int]) -> list[int]:
+        """A prompt's token ids.
+
+        Raises:
+            InputError: text without a tokenizer, ids outside the vocabulary, an empty prompt.
+        """
+        if not isinstance(prompt, str):
+            tokens = [int(token) for token in prompt]
+        elif self.model.tokenizer is None:
+            raise InputError(f"{self.model.folder} has no tokenizer; give prompts as lists of token ids.")
+        else:
+            tokens = list(self.model.tokenizer(prompt)["input_ids"])
+        if not tokens:
+            raise InputError("The prompt is empty; a prompt needs at least one token.")
+        size = self.model.skeleton.vocabulary_size
+        if not all(0 <= token < size for token in tokens):
+            raise InputError(f"A prompt has token ids outside 0 … {size - 1}, the model's vocabulary.")
+        return tokens
+
+    def check_length(self, request: Request, num_prompt_tokens: int) -> None:
+        """Raise `InputError` if the prompt and its answer exceed the model's context."""
+        _check_length(self.model, num_prompt_tokens, request.max_tokens)
+
+    def plan_job(self, lengths: Sequence[Length], *, keeps_cache: bool = True) -> JobPlan:
+        """The plan for sequences of these lengths, with the weights where they lie."""
+        tiers: Mapping[str, Tier] = self._opening.placement.weights
+        return self._planner.plan(lengths, weights=tiers, keeps_cache=keeps_cache)
+
+    def _sequences(self, index: int, request: Request, *, fits: int | None = None) -> list[Growing]:
+        prompt = self.tokens_of(request.prompt)
+        _check_length(self.model, len(prompt), request.max_tokens if fits is None else fits)
+        return [
+            Growing(
+                request=request,
+                request_index=index,
+                answer=answer,
+                prompt=prompt,
+                stop_tokens=self.model.stop_tokens,
+                tokenizer=self.model.tokenizer,
+            )
+            for answer in range(request.n)
+        ]
+
+    def _run(
+        self, sequences: list[Growing], *, keeps_cache: bool, on_progress: OnProgress | None
+    ) -> Iterator[Growing]:
+        job_plan = self.plan_job([growing.length for growing in sequences], keeps_cache=keeps_cache)
+        self.plan, self.trace = job_plan.plan, None
+        job = Job(
+            self.model,
+            self._weights,
+            job_plan,
+            sequences,
+            device=self._device,
+            disk_folder=self._disk_folder,
+            ledger=self._ledger,
+            on_progress=on_progress,
+            keeps_cache=keeps_cache,
+        )
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        try:
+            yield from job.run()
+        finally:
+            self.trace = self._trace(job)
+
+    def _trace(self, job: Job) -> Trace:
+        measured = job.measured
+        if self._device.type == "cuda":
+            device_peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            device_peak = self._weights.device_bytes + job.device_bytes + measured.workspace_bytes
+        return Trace(
+            system=self.plan.system,
+            title=self.plan.title,
+            machine=self.plan.machine,
+            phases=tuple(measured.phases.values()),
+            peak_bytes={"device": device_peak, "host": self._weights.host_bytes + job.host_bytes},
+            notes=tuple(measured.notes),
+        )
+
+    def close(self) -> None:
+        """Give all memory and scratch space back."""
+        self._weights.close()
+        self.model.checkpoint.close()
+        if self._disk is not None:
+            self._disk.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def plan_for(
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    device_memory: str | int | None = None,
+    host_memory: str | int | None = None,
+    disk: str | Path | None = None,
+    weight_bits: int | None = None,
+    cache_bits: int | None = None,
+    place: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    machine: Machine | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[Planner, torch.device]:
+    """A planner for a model folder, without reading a weight; the arguments are those of `Engine.open`."""
+    torch_device = _device(device)
+    machine = machine or this_machine(device=torch_device.type)
+    checkpoint = checkpoint or Checkpoint(_existing(Path(folder)))
+    model = open_model(
+        Path(folder),
+        dtype=dtype or _fastest_dtype(dominant_dtype(checkpoint), machine),
+        weight_bits=weight_bits,
+        cache_bits=cache_bits,
+        checkpoint=checkpoint,
+    )
+    budgets = _budgets(machine, torch_device, device_memory, host_memory, Path(disk) if disk else None)
+    return Planner(model=model, machine=machine, budgets=budgets, wish=parse_wish(place)), torch_device
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}. Name a folder with a model in Hugging Face format.")
+    return folder
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cuda", "cpu"):
+        raise UsageError(f"The device is 'cuda', 'cpu' or 'auto', not {name!r}.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda was asked for, but torch sees no CUDA device. Use --device cpu.")
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")
+
+
+def _fastest_dtype(stored: torch.dtype, machine: Machine) -> torch.dtype:
+    """float32 where the device multiplies it faster than the checkpoint's narrower dtype: many processors
+    do, and it loses nothing."""
+    rates = machine.device("device").matmul_flops_per_s
+    name = str(stored).removeprefix("torch.")
+    return torch.float32 if rates.get("float32", 0.0) > rates.get(name, 0.0) else stored
+
+
+def _budgets(
+    machine: Machine,
+    device: torch.device,
+    device_memory: str | int | None,
+    host_memory: str | int | None,
+    disk: Path | None,
+) -> dict[Tier, int]:
+    host_free = machine.device("host").memory_bytes
+    if device.type == "cuda":
+        shares = (0.9 * machine.device("device").memory_bytes, 0.8 * host_free)
+    else:  # the two share one memory
+        shares = (0.5 * host_free, 0.3 * host_free)
+    budgets: dict[Tier, int] = {
+        "device": parse_bytes(device_memory) if device_memory is not None else int(shares[0]),
+        "host": parse_bytes(host_memory) if host_memory is not None else int(shares[1]),
+        "disk": 0,
+    }
+    if disk is not None:
+        existing = next(parent for parent in (disk, *disk.absolute().parents) if parent.exists())
+        budgets["disk"] = psutil.disk_usage(str(existing)).free
+    return budgets
+
+
+def _check_length(model: Model, num_prompt_tokens: int, num_new: int) -> None:
+    longest = model.skeleton.max_positions
+    if longest is not None and num_prompt_tokens + num_new > longest:
+        raise InputError(
+            f"A prompt of {num_prompt_tokens:,} tokens and {num_new:,} new ones exceed the model's "
+            f"context of {longest:,}. Shorten the prompt or lower max_tokens."
+        )
+
+
+def _completion(answers: Sequence[Growing]) -> Completion:
+    first = answers[0]
+    scored: tuple[TokenLogprob | None, ...] | None = None
+    if first.request.prompt_logprobs is not None:
+        scored = (None, *first.prompt_logprobs)
+    finished: list[Answer] = [growing.finished() for growing in answers]
+    return Completion(
+        id=first.request.id,
+        prompt_tokens=tuple(first.prompt),
+        answers=tuple(finished),
+        prompt_logprobs=scored,
+    )

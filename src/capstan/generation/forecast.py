@@ -1,0 +1,200 @@
+"""What a job will move and how long it will take: the block schedule, played on lengths alone.
+
+Bytes are exact as long as every sequence generates all its tokens: the same `Block` that the engine runs
+decides who sits where, and each visit's traffic follows from the placement. Seconds are a model:
+
+    sweep = max over resources of the time each is busy      (an accelerator works beside its links)
+    sweep = device + copies, or disk if that is longer       (where a slice of host memory plays the device,
+                                                              copies are made by the processor that computes)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from capstan.generation.batching import Block, BlockShape, Chunk, Length
+from capstan.generation.block_schedule import DEVICE_COMPUTE, HOST_ATTENTION
+from capstan.generation.model import Model
+from capstan.generation.placement import Placement, Tier
+from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE, HOST_TO_DISK
+from capstan.hardware import Machine
+from capstan.plans import Phase, Traffic
+
+
+class SweepSize(NamedTuple):
+    """What determines a sweep's cost."""
+
+    tokens: int = 0
+    decoding: int = 0  # sequences that decode
+    rows_read: int = 0  # cached rows that they read, their own new ones apart
+    chunks: int = 0
+    prompt_square: int = 0  # sum of squared prompt lengths, for attention's arithmetic
+
+
+def size_of(chunks: Sequence[Chunk]) -> SweepSize:
+    """The size of a sweep over these chunks."""
+    decoding = [work for chunk in chunks if not chunk.is_prefill for work in chunk.works]
+    prompts = [work for chunk in chunks if chunk.is_prefill for work in chunk.works]
+    return SweepSize(
+        tokens=sum(chunk.num_tokens for chunk in chunks),
+        decoding=len(decoding),
+        rows_read=sum(work.start for work in decoding),
+        chunks=len(chunks),
+        prompt_square=sum(work.count**2 for work in prompts),
+    )
+
+
+def weights_traffic(model: Model, placement: Placement) -> Traffic:
+    """Bytes of weights that one sweep streams, the embedding's rows apart."""
+    moved = {HOST_TO_DEVICE: 0, DISK_TO_HOST: 0}
+    for unit in model.inventory.units:
+        for tensor in unit:
+            tier = placement.weights[tensor.name]
+            moved[HOST_TO_DEVICE] += tensor.stored_bytes if tier != "device" else 0
+            moved[DISK_TO_HOST] += tensor.stored_bytes if tier == "disk" else 0
+    return Traffic({(link, "weights"): count for link, count in moved.items()})
+
+
+def sweep_traffic(model: Model, placement: Placement, size: SweepSize, *, keeps_cache: bool) -> Traffic:
+    """Bytes that one sweep moves, by link and content."""
+    parts = [weights_traffic(model, placement)]
+    parts.append(
+        _in_from(
+            placement.weights[model.inventory.table.name], "weights", size.tokens * model.inventory.row_bytes
+        )
+    )
+    if keeps_cache:
+        for layout, tier in zip(model.formats, placement.cache, strict=True):
+            if tier == "device":
+                continue
+            parts.append(_out_to(tier, "cache", size.tokens * layout.row_bytes))
+            read = size.rows_read * layout.row_bytes
+            if not placement.host_attention:
+                parts.append(_in_from(tier, "cache", read))
+                continue
+            parts.append(Traffic({(DISK_TO_HOST, "cache"): read if tier == "disk" else 0}))
+            geometry, itemsize = layout.geometry, model.anatomy.itemsize
+            each = size.decoding * geometry.num_query_heads * itemsize
+            parts.append(Traffic({(DEVICE_TO_HOST, "activations"): each * geometry.key_size}))
+            parts.append(Traffic({(HOST_TO_DEVICE, "activations"): each * geometry.value_size}))
+    hidden = (model.num_layers + 1) * size.tokens * model.hidden_bytes
+    parts.append(_in_from(placement.activations, "activations", hidden))
+    parts.append(_out_to(placement.activations, "activations", hidden))
+    return Traffic.total(parts)
+
+
+def _in_from(tier: Tier, content: str, size_bytes: int) -> Traffic:
+    links = {"device": (), "host": (HOST_TO_DEVICE,), "disk": (DISK_TO_HOST, HOST_TO_DEVICE)}[tier]
+    return Traffic({(link, content): size_bytes for link in links})
+
+
+def _out_to(tier: Tier, content: str, size_bytes: int) -> Traffic:
+    links = {"device": (), "host": (DEVICE_TO_HOST,), "disk": (DEVICE_TO_HOST, HOST_TO_DISK)}[tier]
+    return Traffic({(link, content): size_bytes for link in links})
+
+
+def sweep_busy_s(
+    model: Model, placement: Placement, size: SweepSize, traffic: Traffic, machine: Machine
+) -> dict[str, float]:
+    """Seconds for which each resource is busy in a sweep."""
+    device, host = machine.device("device"), machine.device("host")
+    rate = flops_rate(model, machine)
+    flops = sum(layer.flops_per_token for layer in model.anatomy.layers) * size.tokens
+    flops += 2 * model.inventory.head.spec.num_elements * max(size.decoding, size.chunks)
+    weight_bytes = sum(each.computed_bytes for unit in model.inventory.units for each in unit)
+    # A unit's weights are read from device memory by every chunk, and written once when they are decoded.
+    touched = size.chunks * weight_bytes
+    touched += 2 * sum(each.decoded_bytes for unit in model.inventory.units for each in unit)
+    on_device = on_host = 0
+    for layout, tier in zip(model.formats, placement.cache, strict=True):
+        read = size.rows_read * layout.row_bytes
+        flops += 2 * size.prompt_square * layout.geometry.num_query_heads * layout.geometry.key_size
+        if tier != "device" and placement.host_attention:
+            on_host += read
+        else:
+            on_device += read
+    busy = {link: machine_link_s(machine, link, traffic.on(link)) for link in traffic.links}
+    busy[DEVICE_COMPUTE] = (
+        max(flops / rate, (touched + on_device) / device.memory_bandwidth_bytes_per_s)
+        + size.chunks * model.num_layers * model.anatomy.dispatch_s
+    )
+    if on_host:
+        busy[HOST_ATTENTION] = on_host / host.memory_bandwidth_bytes_per_s
+    return busy
+
+
+def flops_rate(model: Model, machine: Machine) -> float:
+    """Operations per second of matrix products in the model's dtype on the device."""
+    rates = machine.device("device").matmul_flops_per_s
+    name = str(model.skeleton.compute_dtype).removeprefix("torch.")
+    return rates.get(name) or rates["float32"]
+
+
+def machine_link_s(machine: Machine, link: str, size_bytes: int) -> float:
+    """Seconds that a link needs for so many bytes."""
+    source, _, target = link.partition("->")
+    return machine.link(source, target).seconds(size_bytes) if size_bytes else 0.0
+
+
+def wall_s(busy_s: dict[str, float], machine: Machine) -> float:
+    """Seconds of a sweep in which resources are busy for so long (the formula above)."""
+    if machine.device("device").kind != "cpu":
+        return max(busy_s.values())
+    disk = max((seconds for name, seconds in busy_s.items() if "disk" in name), default=0.0)
+    return max(disk, sum(seconds for name, seconds in busy_s.items() if "disk" not in name))
+
+
+@dataclass
+class _Sum:
+    """Grows into a `Phase`."""
+
+    seconds: float = 0.0
+    busy_s: dict[str, float] = field(default_factory=dict)
+    traffic: list[Traffic] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def add(self, busy_s: dict[str, float], seconds: float, traffic: Traffic, num_tokens: int) -> None:
+        self.seconds += seconds
+        for name, spent in busy_s.items():
+            self.busy_s[name] = self.busy_s.get(name, 0.0) + spent
+        self.traffic.append(traffic)
+        self.num_tokens += num_tokens
+
+    def phase(self, name: str) -> Phase:
+        return Phase(
+            name=name,
+            seconds=self.seconds,
+            busy_s=self.busy_s,
+            traffic=Traffic.total(self.traffic),
+            num_tokens=self.num_tokens,
+        )
+
+
+PREFILL, DECODE = "prefill", "decode"
+
+
+def forecast(
+    model: Model,
+    placement: Placement,
+    shape: BlockShape,
+    lengths: Sequence[Length],
+    machine: Machine,
+    *,
+    keeps_cache: bool = True,
+) -> tuple[Phase, ...]:
+    """Play the job: sweeps in which prompts start make up the phase "prefill", the others "decode".
+
+    A phase's `num_tokens` counts generated tokens.
+    """
+    block = Block(shape, lengths)
+    sums = {PREFILL: _Sum(), DECODE: _Sum()}
+    while works := block.sweep():
+        chunks = [chunk for work in works for chunk in work.chunks]
+        size = size_of(chunks)
+        traffic = sweep_traffic(model, placement, size, keeps_cache=keeps_cache)
+        busy_s = sweep_busy_s(model, placement, size, traffic, machine)
+        name = PREFILL if any(chunk.is_prefill for chunk in chunks) else DECODE
+        num_new = sum(len(chunk.works) for chunk in chunks) if keeps_cache else 0
+        sums[name].add(busy_s, wall_s(busy_s, machine), traffic, num_new)
+        block.advance()
+    return tuple(part.phase(name) for name, part in sums.items() if part.traffic)

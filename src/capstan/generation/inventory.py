@@ -1,0 +1,153 @@
+"""The tensors of a model as they rest and travel: codec, bytes at rest, bytes when decoded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+
+import torch
+
+from capstan.codecs import Cast, Codec, GroupQuantised, Identity
+from capstan.errors import UsageError
+from capstan.generation.attention import AttentionGeometry
+from capstan.generation.checkpoint_map import Sources
+from capstan.generation.skeleton import Skeleton, TensorSpec
+from capstan.storage import Checkpoint
+
+GROUP_SIZE = 64
+_BITS = (16, 8, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor as it rests: values of `dtype` (the checkpoint's) encoded by `codec`."""
+
+    spec: TensorSpec
+    dtype: torch.dtype
+    codec: Codec
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        return self.codec.encoded_bytes(self.spec.shape, self.dtype)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the stored bytes are the very values the model computes with."""
+        return isinstance(self.codec, Identity) and self.dtype == self.spec.dtype
+
+    @property
+    def is_as_in_checkpoint(self) -> bool:
+        """Whether the stored bytes are the checkpoint's own."""
+        return isinstance(self.codec, Identity)
+
+    @cached_property
+    def computed_bytes(self) -> int:
+        """Bytes of the values that the model computes with."""
+        return self.spec.num_elements * self.spec.dtype.itemsize
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes that decoding it needs apart from the stored ones; none if it is used as it is stored."""
+        return 0 if self.is_plain else self.computed_bytes
+
+    @cached_property
+    def scratch_bytes(self) -> int:
+        """Temporary bytes while it is decoded."""
+        return 0 if self.is_plain else self.codec.scratch_bytes(self.spec.shape, self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """All tensors by role. `units[i]` is what layer i needs; the last unit is the head."""
+
+    units: tuple[tuple[StoredTensor, ...], ...]
+    table: StoredTensor
+    rest: tuple[StoredTensor, ...]
+
+    @property
+    def head(self) -> StoredTensor:
+        return self.units[-1][0]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.units) - 1
+
+    @cached_property
+    def placeable(self) -> Mapping[str, StoredTensor]:
+        """Every tensor that has a place of its own, in the order in which a sweep needs them."""
+        ordered = [self.table, *(tensor for unit in self.units for tensor in unit)]
+        return {tensor.name: tensor for tensor in ordered}
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors at rest."""
+        return sum(tensor.stored_bytes for tensor in (*self.placeable.values(), *self.rest))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the input embedding at rest."""
+        return self.table.stored_bytes // self.table.spec.shape[0]
+
+
+def take_inventory(
+    skeleton: Skeleton, checkpoint: Checkpoint, sources: Sources, *, weight_bits: int | None
+) -> Inventory:
+    """Decide how every tensor rests.
+
+    `weight_bits` 4 or 8 quantises the matrices of the decoder layers, in groups of 64 along their inputs;
+    embeddings, output matrix, vectors and matrices with a side below 64 stay as they are, as is usual for
+    weight-only quantisation. 16 stores wider checkpoints in 16 bits. None keeps the checkpoint's bits.
+
+    Differs: FlexGen also quantises the embeddings, which costs accuracy and saves little.
+    """
+    if weight_bits is not None and weight_bits not in _BITS:
+        raise UsageError(f"Weights are stored in {', '.join(map(str, _BITS))} bits, not in {weight_bits}.")
+
+    def stored(spec: TensorSpec, *, in_layer: bool) -> StoredTensor:
+        dtype = checkpoint.tensors[sources[spec.name][0].source].dtype
+        return StoredTensor(spec=spec, dtype=dtype, codec=_codec(spec, dtype, weight_bits, in_layer))
+
+    layers = [
+        tuple(stored(spec, in_layer=True) for spec in skeleton.layer_tensors(index))
+        for index in range(skeleton.num_layers)
+    ]
+    head = stored(skeleton.state[skeleton.head], in_layer=False)
+    table = stored(skeleton.state[skeleton.table], in_layer=False)
+    rest = tuple(stored(spec, in_layer=False) for spec in skeleton.rest)
+    return Inventory(units=(*layers, (head,)), table=table, rest=rest)
+
+
+def _codec(spec: TensorSpec, dtype: torch.dtype, bits: int | None, in_layer: bool) -> Codec:
+    if bits is None or not dtype.is_floating_point:
+        return Identity()
+    is_matrix = len(spec.shape) >= 2 and min(spec.shape[-2:]) >= GROUP_SIZE
+    if bits in (4, 8) and in_layer and is_matrix:
+        return GroupQuantised(num_bits=bits, group_size=GROUP_SIZE, scale_dtype=torch.float16)
+    return Cast(dtype=torch.float16) if dtype.itemsize > 2 and len(spec.shape) >= 2 else Identity()
+
+
+def cache_codec(
+    cache_bits: int | None,
+    geometry: AttentionGeometry,
+    *,
+    checkpoint_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+) -> Codec:
+    """The codec of one layer's keys and values.
+
+    None keeps them in the checkpoint's dtype, which is exact when the model computes in it. Groups lie
+    within a head: their size is the largest divisor of the heads' size up to 64, so none is padded.
+    """
+    if cache_bits is not None and cache_bits not in _BITS:
+        raise UsageError(f"The cache is stored in {', '.join(map(str, _BITS))} bits, not in {cache_bits}.")
+    if cache_bits in (4, 8):
+        common = gcd(geometry.key_size, geometry.value_size)
+        size = max(divisor for divisor in range(1, GROUP_SIZE + 1) if common % divisor == 0)
+        return GroupQuantised(num_bits=cache_bits, group_size=size, scale_dtype=torch.float16)
+    narrow = torch.float16 if compute_dtype.itemsize > 2 else compute_dtype
+    wanted = checkpoint_dtype if cache_bits is None or checkpoint_dtype.itemsize == 2 else narrow
+    return Identity() if wanted == compute_dtype else Cast(dtype=wanted)

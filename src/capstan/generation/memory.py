@@ -1,0 +1,208 @@
+"""The memory model: what a placement and a block take on each tier, at most.
+
+Every term is a buffer that the engine allocates with exactly that size, or an upper bound of temporary
+tensors. The engine allocates nothing else that grows with the model or the block.
+
+    device = weights that rest there + two buffers for the largest streamed unit + that unit decoded
+           + cache that rests there + two buffers for the largest region read + hidden states
+           + layer arguments of all tokens in flight + workspace of one layer over one chunk
+    host   = weights that rest there + cache that rests there + staging for disk + outgoing rows
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from capstan.codecs import Identity
+from capstan.errors import DoesNotFit
+from capstan.generation.activations import activation_buffers
+from capstan.generation.attention import workspace_bytes
+from capstan.generation.batching import BlockShape, Length
+from capstan.generation.kv_cache import cache_buffers, region_bytes
+from capstan.generation.model import Model
+from capstan.generation.placement import Placement, Tier
+from capstan.generation.weights import buffers_for
+from capstan.plans import bytes_text
+from capstan.storage.slab import aligned
+
+# What sampling holds for each logit: the logits, their float32 copy, sorted values (4) and order (8),
+# probabilities, cumulated (4 each), masks.
+_SAMPLING_BYTES_PER_LOGIT = 40
+_SMALL_TENSORS_BYTES = 256 << 10  # token ids, positions, masks, indices
+
+
+class Extent(NamedTuple):
+    """The most tokens that are in flight at once, for a block and the sequences that will pass through it."""
+
+    sweep_tokens: int
+    batch_tokens: int
+    chunk_tokens: int
+    longest_prompt: int
+
+
+def extent_of(shape: BlockShape, lengths: Sequence[Length]) -> Extent:
+    """Whatever the order in which sequences come and go: in one sweep, the slots hold different sequences,
+    so at most the longest prompts, one for each slot, are in flight."""
+    prompts = sorted((length.prompt for length in lengths), reverse=True)
+    most_slots = max(batch.slots for batch in shape.batches)
+    batch_tokens = sum(prompts[:most_slots])
+    return Extent(
+        sweep_tokens=sum(prompts[: shape.num_slots]),
+        batch_tokens=batch_tokens,
+        chunk_tokens=min(max(shape.chunk_tokens, prompts[0], most_slots), max(batch_tokens, most_slots)),
+        longest_prompt=prompts[0],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """Bytes needed on each tier, and what they are for."""
+
+    parts: Mapping[Tier, Mapping[str, int]] = field(default_factory=dict)
+
+    def on(self, tier: Tier) -> int:
+        """All bytes needed on a tier."""
+        return sum(self.parts.get(tier, {}).values())
+
+    def require(self, granted: Mapping[Tier, int]) -> None:
+        """Raise `DoesNotFit`, naming the largest parts, unless every tier has what it needs."""
+        for tier, limit in granted.items():
+            if self.on(tier) > limit:
+                largest = sorted(self.parts[tier].items(), key=lambda part: -part[1])[:4]
+                listing = ", ".join(f"{name} {bytes_text(size)}" for name, size in largest if size)
+                raise DoesNotFit(
+                    f"The {tier} needs {bytes_text(self.on(tier))} and was granted {bytes_text(limit)} "
+                    f"({listing}). Grant more with --{tier}-memory, use fewer bits (--weight-bits 4, "
+                    "--cache-bits 4), or shorten prompts and max_tokens."
+                )
+
+
+def demand_of(
+    model: Model,
+    placement: Placement,
+    shape: BlockShape,
+    lengths: Sequence[Length],
+    *,
+    logit_rows: int,
+    on_cuda: bool,
+    keeps_cache: bool = True,
+) -> Demand:
+    """What `model` takes with this placement and block."""
+    extent = extent_of(shape, lengths)
+    weights = buffers_for(model.inventory, placement.weights)
+    cache = cache_buffers(
+        model.formats,
+        placement.cache,
+        shape,
+        tokens=extent.chunk_tokens,
+        host_attention=placement.host_attention,
+    )
+    hidden = activation_buffers(
+        placement.activations,
+        sweep_bytes=extent.sweep_tokens * model.hidden_bytes,
+        batch_bytes=extent.batch_tokens * model.hidden_bytes,
+    )
+
+    def resting(tier: Tier) -> int:
+        placed = model.inventory.placeable.values()
+        return sum(aligned(each.stored_bytes) for each in placed if placement.weights[each.name] == tier)
+
+    def cached(tier: Tier) -> int:
+        return region_bytes(model.formats, placement.cache, shape, tier) if keeps_cache else 0
+
+    device = {
+        "weights at rest": resting("device"),
+        "norms and positions": sum(aligned(each.computed_bytes) for each in model.inventory.rest),
+        "buffers for arriving weights": weights.device_bytes,
+        "KV cache": cached("device"),
+        "buffers for arriving cache": cache.device_bytes if keeps_cache else 0,
+        "hidden states": hidden.device_bytes,
+        "layer arguments": extent.sweep_tokens * model.anatomy.call_bytes_per_token,
+        "workspace": workspace_of(model, placement, shape, extent, logit_rows=logit_rows),
+        "libraries": _CUDA_LIBRARIES_BYTES if on_cuda else 0,
+    }
+    host = {
+        "weights at rest": resting("host"),
+        "staging for weights": weights.host_bytes,
+        "KV cache": cached("host"),
+        "staging for cache": cache.host_bytes if keeps_cache else 0,
+        "hidden states": hidden.host_bytes,
+        "attention": _host_attention_bytes(model, placement, shape) if keeps_cache else 0,
+    }
+    disk = {
+        "weights in fewer bits": sum(
+            aligned(each.stored_bytes)
+            for each in model.inventory.placeable.values()
+            if placement.weights[each.name] == "disk" and not each.is_as_in_checkpoint
+        ),
+        "KV cache": cached("disk"),
+        "hidden states": hidden.disk_bytes,
+    }
+    return Demand(parts={"device": device, "host": host, "disk": disk})
+
+
+# cuBLAS keeps a workspace of 32 MiB on Hopper, and torch's allocator rounds blocks up.
+_CUDA_LIBRARIES_BYTES = 96 << 20
+
+
+def workspace_of(
+    model: Model, placement: Placement, shape: BlockShape, extent: Extent, *, logit_rows: int
+) -> int:
+    """Temporary device memory of the hungriest step: the front, one layer over one chunk, or the logits."""
+    itemsize = model.anatomy.itemsize
+    tokens = extent.chunk_tokens
+    front = tokens * (3 * model.inventory.row_bytes + 6 * model.hidden_bytes)
+    layer = model.anatomy.workspace_bytes(tokens) + _attention_bytes(model, placement, shape, extent)
+    vocabulary = model.skeleton.vocabulary_size
+    back = logit_rows * (vocabulary * (itemsize + _SAMPLING_BYTES_PER_LOGIT) + 8 * model.hidden_bytes)
+    return max(front, layer, back) + _SMALL_TENSORS_BYTES
+
+
+def _attention_bytes(model: Model, placement: Placement, shape: BlockShape, extent: Extent) -> int:
+    most = 0
+    for layout, tier in zip(model.formats, placement.cache, strict=True):
+        on_device = tier == "device" or not placement.host_attention
+        inside = max(
+            workspace_bytes(
+                layout.geometry,
+                longest_prompt=extent.longest_prompt,
+                num_decoding=batch.slots if on_device else 0,
+                num_rows=batch.capacity,
+                itemsize=model.anatomy.itemsize,
+            )
+            + (layout.decoded_bytes(batch.slots * batch.capacity) if on_device else 0)
+            for batch in shape.batches
+        )
+        # New keys and values made contiguous, encoded, and joined to rows.
+        elements = extent.chunk_tokens * layout.geometry.cached_elements
+        encoding = elements * (model.anatomy.itemsize + (0 if isinstance(layout.codec, Identity) else 16))
+        rows = 2 * extent.chunk_tokens * layout.row_bytes
+        # The packed result, and on device=host machines its copy.
+        result = 2 * extent.chunk_tokens * layout.geometry.num_query_heads * layout.geometry.value_size
+        most = max(most, inside + encoding + rows + result * model.anatomy.itemsize)
+    return most
+
+
+def _host_attention_bytes(model: Model, placement: Placement, shape: BlockShape) -> int:
+    if not placement.host_attention:
+        return 0
+    pairs = zip(model.formats, placement.cache, strict=True)
+    away = [layout for layout, tier in pairs if tier != "device"]
+    return max(
+        (
+            layout.decoded_bytes(batch.slots * batch.capacity)
+            + workspace_bytes(
+                layout.geometry,
+                longest_prompt=0,
+                num_decoding=batch.slots,
+                num_rows=batch.capacity,
+                itemsize=model.anatomy.itemsize,
+            )
+            + 2
+            * batch.slots
+            * (layout.row_bytes + layout.geometry.num_query_heads * layout.geometry.key_size * 4)
+            for layout in away
+            for batch in shape.batches
+        ),
+        default=0,
+    )

@@ -1,0 +1,136 @@
+"""A model as the planner and the engine see it: structure, facts, bytes; no weights yet."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capstan.errors import InputError
+from capstan.generation.anatomy import Anatomy
+from capstan.generation.checkpoint_map import Sources, map_checkpoint
+from capstan.generation.inventory import Inventory, cache_codec, take_inventory
+from capstan.generation.kv_cache import RowFormat
+from capstan.generation.skeleton import Skeleton, open_skeleton
+from capstan.storage import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model folder, opened: everything that can be known before a weight is read."""
+
+    folder: Path
+    skeleton: Skeleton
+    anatomy: Anatomy
+    checkpoint: Checkpoint
+    sources: Sources
+    inventory: Inventory
+    formats: tuple[RowFormat, ...]
+    tokenizer: Any
+    stop_tokens: frozenset[int]
+
+    @property
+    def num_layers(self) -> int:
+        return self.skeleton.num_layers
+
+    @property
+    def num_parameters(self) -> int:
+        tensors = [*self.inventory.placeable.values(), *self.inventory.rest]
+        return sum(tensor.spec.num_elements for tensor in tensors)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of one token's hidden states."""
+        return self.skeleton.hidden_size * self.skeleton.compute_dtype.itemsize
+
+
+def open_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    weight_bits: int | None = None,
+    cache_bits: int | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Model:
+    """Open a folder in Hugging Face format without reading its weights.
+
+    Args:
+        dtype: what to compute in; None for the checkpoint's own dtype.
+        weight_bits, cache_bits: 16, 8 or 4; None for the checkpoint's own.
+        checkpoint: where weights come from, if not from the folder.
+
+    Raises:
+        InputError, UnsupportedModel, UsageError: see `open_skeleton`, `Checkpoint`, `map_checkpoint`.
+    """
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}. Name a folder with a model in Hugging Face format.")
+    checkpoint = checkpoint or Checkpoint(folder)
+    skeleton = open_skeleton(folder, dtype or dominant_dtype(checkpoint))
+    sources = map_checkpoint(skeleton, checkpoint)
+    inventory = take_inventory(skeleton, checkpoint, sources, weight_bits=weight_bits)
+    anatomy = Anatomy(skeleton)
+    formats = tuple(
+        RowFormat(
+            geometry=layer.geometry,
+            codec=cache_codec(
+                cache_bits,
+                layer.geometry,
+                checkpoint_dtype=dominant_dtype(checkpoint),
+                compute_dtype=skeleton.compute_dtype,
+            ),
+            dtype=skeleton.compute_dtype,
+        )
+        for layer in anatomy.layers
+    )
+    return Model(
+        folder=folder,
+        skeleton=skeleton,
+        anatomy=anatomy,
+        checkpoint=checkpoint,
+        sources=sources,
+        inventory=inventory,
+        formats=formats,
+        tokenizer=_tokenizer(folder),
+        stop_tokens=_stop_tokens(folder, skeleton.config),
+    )
+
+
+def dominant_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point dtype that most bytes of the checkpoint have."""
+    totals: dict[torch.dtype, int] = {}
+    for entry in checkpoint.tensors.values():
+        if entry.dtype.is_floating_point:
+            totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.size_bytes
+    if not totals:
+        raise InputError(
+            f"{checkpoint.folder} holds no floating-point tensors; is it quantised? Give plain weights."
+        )
+    return max(totals, key=lambda dtype: totals[dtype])
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, or None where there is none: requests must then give token ids."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        logger.info("%s has no tokenizer: prompts must be token ids.", folder)
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise InputError(f"The tokenizer in {folder} cannot be read: {error}") from error
+
+
+def _stop_tokens(folder: Path, config: Any) -> frozenset[int]:
+    """The tokens that end an answer: of generation_config.json, or else of config.json."""
+    from transformers import GenerationConfig
+
+    stated = getattr(config.get_text_config(), "eos_token_id", None)
+    if (folder / "generation_config.json").exists():
+        stated = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id or stated
+    if stated is None:
+        return frozenset()
+    return frozenset(stated if isinstance(stated, list) else [stated])

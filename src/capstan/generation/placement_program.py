@@ -1,0 +1,259 @@
+"""The integer program inside the planner: where whole tensors and whole layers of cache lie.
+
+    minimise    seconds of one decode sweep
+    over        n[kind, tier]   how many of the layers' tensors of a kind rest on a tier
+                c[tier]         how many layers' caches rest on a tier
+    subject to  memory of device, host and disk as in memory.py, buffers included
+                seconds >= what each link and the processor need, as in forecast.py
+
+Source: FlexGen, section 4.3 and appendix A.3, arXiv 2303.06865.
+Differs: the paper's program is over fractions, which its runtime then rounds; what is chosen here is what
+runs, and the buffers that streaming needs are part of the program.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from capstan.generation.batching import BlockShape
+from capstan.generation.block_schedule import DEVICE_COMPUTE, HOST_ATTENTION
+from capstan.generation.forecast import SweepSize, sweep_busy_s, sweep_traffic
+from capstan.generation.inventory import StoredTensor
+from capstan.generation.memory import Demand
+from capstan.generation.model import Model
+from capstan.generation.placement import TIERS, Placement, Tier
+from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE, buffers_for
+from capstan.hardware import Machine
+from capstan.plans import IntegerProgram
+from capstan.storage.slab import aligned
+
+Terms = dict[str, float]
+DEVICE: Tier = "device"
+HOST: Tier = "host"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What the program is solved for: a block, and a draft whose fixed parts it keeps.
+
+    `demand_of` is the memory model for this block and its sequences.
+    """
+
+    model: Model
+    machine: Machine
+    budgets: Mapping[Tier, int]
+    shape: BlockShape
+    draft: Placement
+    fixes_weights: bool
+    fixes_cache: bool
+    demand_of: Callable[[Placement], Demand]
+
+    def with_open_parts_on(self, tier: Tier) -> Placement:
+        """The draft with everything that the program decides on one tier."""
+        weights, cache = self.draft.weights, self.draft.cache
+        return replace(
+            self.draft,
+            weights=weights if self.fixes_weights else dict.fromkeys(weights, tier),
+            cache=cache if self.fixes_cache else (tier,) * len(cache),
+        )
+
+
+def solve_placement(given: Given) -> Placement:
+    """The placement with the fastest decode sweep.
+
+    Raises:
+        DoesNotFit: there is none within the budgets.
+    """
+    build = _Build(given)
+    if not given.fixes_weights:
+        build.weights()
+    if not given.fixes_cache:
+        build.cache()
+    return build.solve()
+
+
+class _Build:
+    """Collects variables, memory and seconds, then solves.
+
+    `use[tier]` and `spend[resource]` are linear terms: bytes on a tier, seconds of a resource.
+    """
+
+    def __init__(self, given: Given) -> None:
+        self.given = given
+        self.program = IntegerProgram()
+        self.kinds = _kinds(given.model)
+        self.use: dict[Tier, Terms] = {tier: {} for tier in TIERS}
+        self.spend: dict[str, Terms] = {
+            name: {} for name in (HOST_TO_DEVICE, DEVICE_TO_HOST, DISK_TO_HOST, HOST_ATTENTION)
+        }
+        self.fixed = self._fixed_bytes()
+        batches = given.shape.batches
+        self.rows = sum(batch.slots * batch.capacity for batch in batches)
+        self.rows_of_batch = max(batch.slots * batch.capacity for batch in batches)
+        self.row_bytes = max(layout.row_bytes for layout in given.model.formats)
+        # A decode sweep late in the job, when caches are nearly full.
+        slots = given.shape.num_slots
+        self.size = SweepSize(
+            tokens=slots, decoding=slots, rows_read=int(0.9 * self.rows), chunks=len(batches)
+        )
+
+    def _fixed_bytes(self) -> dict[Tier, int]:
+        """Bytes that do not depend on the variables, from the memory model itself."""
+        given = self.given
+        far, near = (given.demand_of(given.with_open_parts_on(tier)) for tier in ("disk", "device"))
+        open_parts: dict[Tier, set[str]] = {"device": set(), "host": set(), "disk": set()}
+        if not given.fixes_weights:
+            open_parts["device"] |= {"buffers for arriving weights"}
+            open_parts["host"] |= {"staging for weights"}
+            open_parts["disk"] |= {"weights in fewer bits"}
+        if not given.fixes_cache:
+            open_parts["device"] |= {"buffers for arriving cache"}
+            open_parts["host"] |= {"staging for cache"}
+            open_parts["disk"] |= {"KV cache"}
+        fixed = {
+            tier: far.on(tier) - sum(far.parts[tier][name] for name in open_parts[tier]) for tier in TIERS
+        }
+        # A cache that stays on the device is attended there, which takes more workspace.
+        fixed["device"] += max(0, near.parts["device"]["workspace"] - far.parts["device"]["workspace"])
+        if not given.fixes_weights:
+            nowhere = dict.fromkeys(given.draft.weights, DEVICE)
+            fixed["device"] += buffers_for(given.model.inventory, nowhere).device_bytes
+        return fixed
+
+    # --- variables ---------------------------------------------------------------------------------------
+
+    def _count(self, what: str, total: int) -> dict[Tier, str]:
+        """Integer variables for how many of `total` things rest on each tier."""
+        names: dict[Tier, str] = {tier: f"{what} on {tier}" for tier in TIERS}
+        for name in names.values():
+            self.program.variable(name, high=total, integer=True)
+        self.program.equal(dict.fromkeys(names.values(), 1.0), total)
+        return names
+
+    def _whether_any(self, flag: str, names: list[str], total: int) -> str:
+        """A 0-1 variable that is 1 as soon as any of the counts is not 0."""
+        self.program.variable(flag, high=1, integer=True)
+        self.program.at_most({**dict.fromkeys(names, 1.0), flag: -float(total)}, 0.0)
+        return flag
+
+    def weights(self) -> None:
+        """Tensors by kind, and the two rings through which they stream: a slot holds the largest unit's
+        streamed part, a layer's or the head's."""
+        inventory, program = self.given.model.inventory, self.program
+        slots: dict[str, dict[bool, Terms]] = {name: {True: {}, False: {}} for name in ("device", "host")}
+        for kind, tensors in self.kinds.items():
+            size, total = aligned(tensors[0].stored_bytes), len(tensors)
+            names = self._count(kind, total)
+            self.use["device"][names["device"]] = size
+            self.use["host"][names["host"]] = size
+            self.use["disk"][names["disk"]] = 0 if tensors[0].is_as_in_checkpoint else size
+            if kind == inventory.table.name != inventory.head.name:  # only its rows ever move
+                self._stream(names, self.size.tokens * inventory.row_bytes)
+                continue
+            self._stream(names, size)
+            is_head = kind == inventory.head.name
+            away = self._whether_any(f"{kind} streams", [names["host"], names["disk"]], total)
+            slots["device"][is_head][away] = size
+            read = self._whether_any(f"{kind} is read", [names["disk"]], total)
+            slots["host"][is_head][read] = size
+        for tier in ("device", "host"):
+            slot = f"slot on {tier}"
+            program.variable(slot)
+            self.use[tier][slot] = 2.0
+            for terms in slots[tier].values():
+                program.at_most({**terms, slot: -1.0}, 0.0)
+
+    def _stream(self, names: Mapping[Tier, str], size_bytes: int) -> None:
+        for tier in ("host", "disk"):
+            self.spend[HOST_TO_DEVICE][names[tier]] = self._link_s("host", "device", size_bytes)
+        self.spend[DISK_TO_HOST][names["disk"]] = self._link_s("disk", "host", size_bytes)
+
+    def cache(self) -> None:
+        """Layers of cache, all of the widest row, and their buffers."""
+        given, on_host = self.given, self.given.draft.host_attention
+        batches = given.shape.batches
+        region = sum(aligned(batch.slots * batch.capacity * self.row_bytes) for batch in batches)
+        read, written = self.size.rows_read * self.row_bytes, self.size.tokens * self.row_bytes
+        names = self._count("cache", given.model.num_layers)
+        for tier in TIERS:
+            self.use[tier][names[tier]] = region
+        slot = 2 * self.rows_of_batch * self.row_bytes
+        away = self._whether_any("cache is away", [names["host"], names["disk"]], given.model.num_layers)
+        staged = self._whether_any("cache is read", [names["disk"]], given.model.num_layers)
+        self.use["device"][away] = 0 if on_host else slot
+        self.use["host"][staged] = slot
+        self.use["host"][away] = self._outgoing_bytes()
+        attention_s = read / given.machine.device("host").memory_bandwidth_bytes_per_s
+        for far in (names["host"], names["disk"]):
+            self.spend[DEVICE_TO_HOST][far] = self._link_s("device", "host", written)
+            if on_host:
+                self.spend[HOST_ATTENTION][far] = attention_s
+            else:
+                self.spend[HOST_TO_DEVICE][far] = self._link_s("host", "device", read)
+        self.spend[DISK_TO_HOST][names["disk"]] = self._link_s("disk", "host", read)
+
+    def _outgoing_bytes(self) -> int:
+        far = self.given.demand_of(replace(self.given.draft, cache=(HOST,) * len(self.given.draft.cache)))
+        return far.parts["host"]["staging for cache"]
+
+    def _link_s(self, source: str, target: str, size_bytes: float) -> float:
+        return size_bytes / self.given.machine.link(source, target).bandwidth_bytes_per_s
+
+    # --- solving -----------------------------------------------------------------------------------------
+
+    def solve(self) -> Placement:
+        """Minimise the seconds of a sweep; among equals, what moves least: links have other users."""
+        for tier in TIERS:
+            self.program.at_most(self.use[tier], self.given.budgets[tier] - self.fixed[tier])
+        self.program.variable("seconds")
+        for terms, constant in self._times():
+            self.program.at_most({**terms, "seconds": -1.0}, -constant)
+        cost: Terms = {"seconds": 1.0}
+        for link in (HOST_TO_DEVICE, DISK_TO_HOST):
+            for name, seconds in self.spend[link].items():
+                cost[name] = cost.get(name, 0.0) + 1e-3 * seconds
+        return self._realise(self.program.minimise(cost))
+
+    def _times(self) -> Iterator[tuple[Terms, float]]:
+        """What the seconds of a sweep must reach: terms in the variables, and a constant."""
+        given, near = self.given, self.given.with_open_parts_on("device")
+        traffic = sweep_traffic(given.model, near, self.size, keeps_cache=True)
+        busy_s = sweep_busy_s(given.model, near, self.size, traffic, given.machine)
+        yield self.spend[DISK_TO_HOST], busy_s.get(DISK_TO_HOST, 0.0)
+        if given.machine.device("device").kind != "cpu":
+            for name in (HOST_TO_DEVICE, DEVICE_TO_HOST, HOST_ATTENTION):
+                yield self.spend[name], busy_s.get(name, 0.0)
+            yield {}, busy_s[DEVICE_COMPUTE]
+            return
+        together: Terms = {}
+        for name in (HOST_TO_DEVICE, DEVICE_TO_HOST, HOST_ATTENTION):
+            for variable, seconds in self.spend[name].items():
+                together[variable] = together.get(variable, 0.0) + seconds
+        yield together, sum(seconds for name, seconds in busy_s.items() if name != DISK_TO_HOST)
+
+    def _realise(self, solution: Mapping[str, float]) -> Placement:
+        given = self.given
+        weights, cache = dict(given.draft.weights), given.draft.cache
+        if not given.fixes_weights:
+            for kind, tensors in self.kinds.items():
+                tiers = _interleaved({tier: int(solution[f"{kind} on {tier}"]) for tier in TIERS})
+                weights |= {tensor.name: tier for tensor, tier in zip(tensors, tiers, strict=True)}
+        if not given.fixes_cache:
+            cache = tuple(_interleaved({tier: int(solution[f"cache on {tier}"]) for tier in TIERS}))
+        return replace(given.draft, weights=weights, cache=cache)
+
+
+def _kinds(model: Model) -> dict[str, list[StoredTensor]]:
+    """Tensors that differ only in their layer, by their name within it; table and head by their own."""
+    kinds: dict[str, list[StoredTensor]] = {model.inventory.table.name: [model.inventory.table]}
+    kinds.setdefault(model.inventory.head.name, [model.inventory.head])
+    for index, unit in enumerate(model.inventory.units[:-1]):
+        for tensor in unit:
+            local = tensor.name.split(f".{index}.", 1)[1]
+            kinds.setdefault(f"{local} {tensor.spec.shape} {tensor.codec.name}", []).append(tensor)
+    return kinds
+
+
+def _interleaved(counts: Mapping[Tier, int]) -> list[Tier]:
+    """So many of each tier, evenly mixed."""
+    places = [((index + 0.5) / count, tier) for tier, count in counts.items() for index in range(count)]
+    return [tier for _, tier in sorted(places, key=lambda place: (place[0], TIERS.index(place[1])))]

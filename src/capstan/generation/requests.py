@@ -1,0 +1,108 @@
+"""What is asked of the engine and what it answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from capstan.errors import UsageError
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and how to continue it.
+
+    Args:
+        prompt: text, or token ids.
+        max_tokens: the most tokens to generate.
+        temperature: 0 takes the likeliest token (the default: the same prompt gives the same answer);
+            above 0 samples.
+        top_k: sample among the k likeliest only; 0 for all.
+        top_p: sample among the likeliest tokens that together reach this probability; 1 for all.
+        seed: with it, a sampled answer is the same in any batch, block or run.
+        stop: texts that end the answer; they are not part of it.
+        n: how many answers.
+        logprobs: report the log-probability of each token, and of so many of the likeliest beside it.
+        prompt_logprobs: the same for the prompt's tokens.
+        ignore_eos: go on to `max_tokens` whatever the model says.
+        id: comes back in the completion.
+    """
+
+    prompt: str | Sequence[int]
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    ignore_eos: bool = False
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, wanted: str, found: object) -> None:
+            if not holds:
+                raise UsageError(f"A request needs {wanted}, not {found!r}.")
+
+        require(self.max_tokens >= 1, "max_tokens of at least 1", self.max_tokens)
+        require(0 <= self.temperature < float("inf"), "a temperature of at least 0", self.temperature)
+        require(self.top_k >= 0, "top_k of at least 0", self.top_k)
+        require(0 < self.top_p <= 1, "top_p above 0 and at most 1", self.top_p)
+        require(1 <= self.n <= 128, "n from 1 to 128", self.n)
+        require(all(self.stop), "stop texts that are not empty", self.stop)
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            require(count is None or 0 <= count <= 100, f"{name} from 0 to 100", count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """A token, its log-probability, and the likeliest tokens at its place with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One continuation of a prompt."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """All answers to one request. The first prompt token has no log-probability."""
+
+    id: str
+    prompt_tokens: tuple[int, ...]
+    answers: tuple[Answer, ...]
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        """The first answer's text."""
+        return self.answers[0].text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The log-probabilities of a text's tokens, each given the ones before it.
+
+    `logprobs[i]` belongs to `tokens[i + 1]`: the first token has nothing before it.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        """The log-probability of the text after its first token."""
+        return sum(self.logprobs)

@@ -1,0 +1,308 @@
+"""The model's structure without its weights.
+
+transformers builds the model itself, with every parameter on the meta device and every computed buffer
+(rotary frequencies, embedding scales) real. Its decoder layers are then lifted out and replaced by *taps*,
+so that the model's own forward can be run in three pieces, each unmodified:
+
+    front   everything before the first layer: tokens in, hidden states and each layer's arguments out
+    layers  one by one, in whatever order the block schedule asks for, given their weights as they arrive
+    back    everything after the last layer: hidden states in, logits out
+
+Sequences are *packed*: a batch is one row `[1, tokens, hidden]` that holds the tokens of many sequences one
+after the other, with their positions. All of a decoder but attention works token by token, so nothing is
+padded; attention is ours (`attention.py`) and knows where each sequence lies.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, conversion_mapping
+
+from capstan.errors import InputError, UnsupportedModel
+from capstan.generation.attention import attend_through_module
+
+ATTENTION_NAME = "capstan"
+Weights = Mapping[str, Tensor]
+
+
+class LayerCall(NamedTuple):
+    """The arguments with which the model's forward called one of its layers, hidden states apart."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class FrontOutput(NamedTuple):
+    """What the front hands to the layers: hidden states `[1, tokens, hidden]`, and a call for each layer."""
+
+    hidden: Tensor
+    calls: list[LayerCall]
+
+
+class _Tap(nn.Module):
+    """Stands where a decoder layer was: notes the call, returns what it was told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, LayerCall]] | None = None
+        self.returns: Tensor | None = None
+        self.num_extra_outputs = 0
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.calls is not None:
+            self.calls.append((hidden, LayerCall(args, kwargs)))
+        output = hidden if self.returns is None else self.returns
+        return (output, *[None] * self.num_extra_outputs) if self.num_extra_outputs else output
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor that the model wants: name in its state dict, shape, and the dtype it computes in."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class Skeleton:
+    """A decoder-only model in pieces.
+
+    `table` is the input embedding, `head` the output matrix (the same tensor where they are tied),
+    `layer_tensors[i]` what layer i needs, `rest` everything else (positions, final norm, projections).
+    """
+
+    def __init__(self, model: Any, config: Any) -> None:
+        self.config = config
+        self.model = model
+        self.conversions = list(conversion_mapping.get_model_conversion_mapping(model))
+        self.state = {
+            name: TensorSpec(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype)
+            for name, tensor in model.state_dict().items()
+        }
+        path, layers = _decoder_layers(model, config)
+        self.layers: list[nn.Module] = list(layers)
+        self._layer_prefixes = [f"{path}.{index}." for index in range(len(self.layers))]
+        self._taps = [_Tap() for _ in self.layers]
+        model.get_submodule(path.rpartition(".")[0]).add_module(
+            path.rpartition(".")[2], nn.ModuleList(self._taps)
+        )
+        self.table = _name_of(model, model.get_input_embeddings(), "input embedding")
+        head = _name_of(model, model.get_output_embeddings(), "output embedding")
+        self.is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        self.head = self.table if self.is_tied else head
+        self.head_parameter = head
+        self._embedding_width = int(self.state[self.table].shape[1])
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self.state[self.head_parameter].shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of hidden states."""
+        return self.state[self.table].dtype
+
+    def layer_tensors(self, index: int) -> list[TensorSpec]:
+        """What layer `index` needs, by full name."""
+        prefix = self._layer_prefixes[index]
+        return [spec for name, spec in self.state.items() if name.startswith(prefix)]
+
+    @cached_property
+    def rest(self) -> list[TensorSpec]:
+        """What belongs to no layer and is neither table nor head."""
+        prefixes = tuple(self._layer_prefixes)
+        apart = {self.table, self.head, self.head_parameter}
+        return [
+            spec for name, spec in self.state.items() if not name.startswith(prefixes) and name not in apart
+        ]
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the model's positions allow, or None where it states no limit."""
+        config = self.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            # These stretch their frequencies by the longest sequence of a batch, which would make one
+            # sequence's result depend on its neighbours. Up to the original length they do not.
+            longest = rope.get("original_max_position_embeddings") or longest
+        return int(longest) if longest else None
+
+    def to(self, device: torch.device) -> None:
+        """Move the computed buffers to `device`; the weights stay where they are."""
+        for module in [self.model, *self.layers]:
+            for part in module.modules():
+                for name, buffer in list(part._buffers.items()):
+                    if buffer is not None and not buffer.is_meta:
+                        part._buffers[name] = buffer.to(device)
+
+    def front(self, rows: Tensor, positions: Tensor, rest: Weights) -> FrontOutput:
+        """Run everything before the first layer.
+
+        rows: the table's rows of the tokens, `[tokens, width]`; positions: `[tokens]`.
+        """
+        tokens = torch.arange(rows.shape[0], device=rows.device)  # row i of the gathered table is token i
+        calls: list[tuple[Tensor, LayerCall]] = []
+        base, prefix = self.model.base_model, f"{self.model.base_model_prefix}."
+        weights = {name: tensor for name, tensor in rest.items() if name.startswith(prefix)} | {
+            self.table: rows
+        }
+        local = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+        with self._taps_set(calls=calls, returns=None):
+            functional_call(
+                base,
+                local,
+                kwargs={"input_ids": tokens[None], "position_ids": positions[None], "use_cache": False},
+            )
+        return FrontOutput(calls[0][0], [call for _, call in calls])
+
+    def layer(self, index: int, hidden: Tensor, call: LayerCall, weights: Weights) -> Tensor:
+        """Run layer `index` over `hidden` `[1, tokens, hidden]`; attention goes to `attend_with`'s hook."""
+        prefix = self._layer_prefixes[index]
+        local = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+        output = functional_call(self.layers[index], local, args=(hidden, *call.args), kwargs=call.kwargs)
+        hidden_after: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden_after
+
+    def back(self, hidden: Tensor, rest: Weights, head: Tensor) -> Tensor:
+        """Run everything after the last layer: `[1, tokens, hidden]` to logits `[tokens, vocabulary]`."""
+        width = self._embedding_width
+        embeddings = hidden.new_zeros(1, hidden.shape[1], width)
+        positions = torch.zeros(1, hidden.shape[1], dtype=torch.long, device=hidden.device)
+        weights = {**rest, self.head_parameter: head}
+        if self.is_tied:
+            weights[self.table] = head
+        with self._taps_set(calls=None, returns=hidden):
+            output = functional_call(
+                self.model,
+                weights,
+                kwargs={"inputs_embeds": embeddings, "position_ids": positions, "use_cache": False},
+                tie_weights=False,
+            )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def attend_with(self, attend: Any) -> None:
+        """Send every layer's attention to `attend(module, query, key, value, **options)`."""
+        for layer in self.layers:
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    module.capstan_attend = attend
+
+    def note_extra_outputs(self, count: int) -> None:
+        """Layers of this model return a tuple with `count` values after the hidden states."""
+        for tap in self._taps:
+            tap.num_extra_outputs = count
+
+    @contextmanager
+    def _taps_set(
+        self, *, calls: list[tuple[Tensor, LayerCall]] | None, returns: Tensor | None
+    ) -> Iterator[None]:
+        for tap in self._taps:
+            tap.calls, tap.returns = calls, returns
+        try:
+            yield
+        finally:
+            for tap in self._taps:
+                tap.calls, tap.returns = None, None
+
+
+def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
+    """Build the skeleton of the model in `folder` (Hugging Face format).
+
+    Args:
+        dtype: what the model computes in; None keeps the checkpoint's own.
+
+    Raises:
+        InputError: no readable config.json.
+        UnsupportedModel: not a decoder-only model whose attention goes through transformers' interface.
+    """
+    config = _read_config(folder)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{config.model_type!r} in {folder} is an encoder-decoder; give a decoder-only model."
+        )
+    AttentionInterface.register(ATTENTION_NAME, attend_through_module)
+    if dtype is not None:
+        config.dtype = dtype
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=ATTENTION_NAME, dtype=config.dtype or torch.float32
+            )
+    except ValueError as error:
+        raise UnsupportedModel(
+            f"transformers cannot build {config.model_type!r} from {folder} for this engine: {error}"
+        ) from error
+    if not type(model)._supports_attention_backend:
+        raise UnsupportedModel(
+            f"The attention of {type(model).__name__} does not go through transformers' attention interface, "
+            "so its KV cache cannot be placed. Models in the style of Llama, Qwen, Mistral, Gemma, OPT and "
+            "GPT-2 can."
+        )
+    model.eval()
+    model.requires_grad_(False)
+    return Skeleton(model, config)
+
+
+def _read_config(folder: Path) -> Any:
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} has no config.json. Name a folder in Hugging Face format.")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UnsupportedModel(f"transformers does not know the model in {folder}: {error}") from error
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Every parameter registered inside goes to the meta device; buffers stay real.
+
+    `torch.empty` of a large matrix costs nothing until it is touched, and initialisers see meta tensors.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
+    wanted = config.get_text_config().num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return path, module
+    raise UnsupportedModel(f"{type(model).__name__} has no list of {wanted} decoder layers to place.")
+
+
+def _name_of(model: Any, module: nn.Module | None, role: str) -> str:
+    for path, part in model.named_modules():
+        if part is module and module is not None:
+            return f"{path}.weight"
+    raise UnsupportedModel(f"{type(model).__name__} has no {role}; a causal language model has one.")

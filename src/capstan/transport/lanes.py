@@ -1,0 +1,161 @@
+"""Lanes: ordered background workers, one for each direction in which bytes move.
+
+A task handed to a lane runs after all earlier tasks of that lane. On CUDA the lane has a stream of its
+own; order between streams is kept by events, never by stopping the device.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
+from typing import Self
+
+import torch
+
+from capstan.errors import TimeoutExpired
+from capstan.transport.ledger import Ledger
+from capstan.transport.stopwatch import Stopwatch
+
+_PATIENCE_S = 600.0
+
+
+class Ticket:
+    """A promise that a task's effect will be visible; `wait()` before using what it wrote."""
+
+    def __init__(self, lane: str, future: "Future[torch.cuda.Event | None]") -> None:
+        self._lane = lane
+        self._future = future
+
+    def _issued(self) -> torch.cuda.Event | None:
+        try:
+            return self._future.result(timeout=_PATIENCE_S)
+        except FutureTimeout:
+            raise TimeoutExpired(
+                f"The lane {self._lane!r} did not finish a copy within {_PATIENCE_S:.0f} s: "
+                "is the disk or the device still alive?"
+            ) from None
+
+    def wait(self) -> None:
+        """Order the current stream (or, without CUDA, this thread) after the task; raise its error."""
+        event = self._issued()
+        if event is not None:
+            event.wait()
+
+    def wait_on_host(self) -> None:
+        """Block this thread until the task's effect is in host memory or on disk."""
+        event = self._issued()
+        if event is not None:
+            event.synchronize()
+
+
+class Lane:
+    """An ordered worker. Use as a context manager, or `close()` it."""
+
+    def __init__(self, name: str, *, device: torch.device, ledger: Ledger) -> None:
+        self.name = name
+        self.ledger = ledger
+        self.stopwatch = Stopwatch(ledger, device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last: Ticket | None = None
+        self._failure: BaseException | None = None
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"capstan {name}")
+
+    def submit(
+        self,
+        task: Callable[[], None],
+        *,
+        after: Sequence[Ticket] = (),
+        uses: Sequence[torch.Tensor] = (),
+    ) -> Ticket:
+        """Run `task` after everything submitted here before, after `after`, and after the work that the
+        calling stream has been given so far.
+
+        `uses` names device tensors that the task reads and that the caller may drop before it has run.
+        """
+        self.check()
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()
+            ready.record()
+            for tensor in uses:
+                if tensor.is_cuda:
+                    tensor.record_stream(self._stream)
+        self._last = Ticket(self.name, self._worker.submit(self._watched, task, tuple(after), ready))
+        return self._last
+
+    def check(self) -> None:
+        """Raise what an earlier task raised, also if nobody waits for that task."""
+        if self._failure is not None:
+            raise self._failure
+
+    def drain(self) -> None:
+        """Wait until everything submitted so far has taken effect; raise what any of it raised."""
+        if self._last is not None:
+            self._last.wait_on_host()
+        self.check()
+
+    def _watched(
+        self, task: Callable[[], None], after: tuple[Ticket, ...], ready: torch.cuda.Event | None
+    ) -> torch.cuda.Event | None:
+        try:
+            return self._run(task, after, ready)
+        except BaseException as error:
+            self._failure = self._failure or error
+            raise
+
+    def _run(
+        self, task: Callable[[], None], after: tuple[Ticket, ...], ready: torch.cuda.Event | None
+    ) -> torch.cuda.Event | None:
+        if self._stream is None:
+            with torch.inference_mode():
+                for ticket in after:
+                    ticket.wait()
+                task()
+            return None
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            for ticket in after:
+                ticket.wait()
+            if ready is not None:
+                ready.wait()
+            task()
+            done = torch.cuda.Event()
+            done.record()
+        return done
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, *, link: str, content: str) -> None:
+        """Inside a task: copy `source` to `target`, which may be on another device, and book it."""
+        with self.stopwatch.time(link):
+            target.copy_(source, non_blocking=True)
+        self.ledger.count(link, content, source.numel() * source.element_size())
+
+    @contextmanager
+    def booking(self, link: str, content: str, size_bytes: int) -> Iterator[None]:
+        """Inside a task: book a block that moves `size_bytes` between host memory and disk."""
+        start_s = time.perf_counter()
+        yield
+        self.ledger.spend(link, time.perf_counter() - start_s)
+        self.ledger.count(link, content, size_bytes)
+
+    def fence(self) -> torch.cuda.Event | None:
+        """Inside a task: a mark after the copies started so far; None where copies are done when started."""
+        if self._stream is None:
+            return None
+        mark = torch.cuda.Event()
+        mark.record()
+        return mark
+
+    def synchronize(self) -> None:
+        """Inside a task: wait on the host until the copies that it has started are done."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def close(self) -> None:
+        """Let running tasks end, drop the ones that have not begun."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
