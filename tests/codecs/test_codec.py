@@ -136,6 +136,20 @@ def test_encode_into_given_memory_refers_to_it(codec: Codec):
 
 
 @every_codec
+def test_the_default_element_type_has_no_influence(codec: Codec):
+    values = normal((5, 7))
+    packet = codec.encode(values, seed=1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = codec.encode(values, seed=1)
+        decoded = codec.decode(again)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again.payload, packet.payload)
+    assert torch.equal(decoded, codec.decode(packet))
+
+
+@every_codec
 def test_gradients_and_the_global_generator_are_left_alone(codec: Codec):
     values = normal((4, 4)).requires_grad_()
     before = torch.get_rng_state()

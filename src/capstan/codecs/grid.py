@@ -1,5 +1,6 @@
 """The grid of one group: its levels, the stored numbers that place them, and the code of each value."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,14 +44,15 @@ class Grid:
         """The stored numbers (groups, 1 or 2) of every group."""
         # Adding 0 makes every zero positive: of two zeros, devices differ in which is the smaller.
         low, high = values.amin(-1, keepdim=True).add_(0.0), values.amax(-1, keepdim=True).add_(0.0)
-        is_finite = low.isfinite() & high.isfinite()
+        largest = torch.maximum(-low, high)
+        is_finite = largest < math.inf  # false for NaN too
         if values.device.type == "cpu" and not is_finite.all():
             found = values[~values.isfinite()][0].item()
             raise InputError(
                 f"Only values that are finite in float32 can be quantised, found {found}. Use a cast there."
             )
-        numbers = self._fit_symmetric(low, high) if self.symmetric else self._fit_asymmetric(low, high)
-        return numbers.masked_fill_(~is_finite, torch.nan)
+        numbers = self._fit_symmetric(largest) if self.symmetric else self._fit_asymmetric(low, high)
+        return numbers if values.device.type == "cpu" else numbers.masked_fill_(~is_finite, math.nan)
 
     def positions(self, values: Tensor, numbers: Tensor) -> Tensor:
         """The position of every value on its group's grid in float32, before rounding, within the grid."""
@@ -79,8 +81,8 @@ class Grid:
         span = high.clamp(-_LARGEST, _LARGEST).sub_(stored_low.to(torch.float32)).clamp_(min=0)
         return torch.cat((stored_low, self._step(span)), -1)
 
-    def _fit_symmetric(self, low: Tensor, high: Tensor) -> Tensor:
-        return self._step(torch.maximum(low.abs(), high.abs()).clamp_(max=_LARGEST))
+    def _fit_symmetric(self, largest: Tensor) -> Tensor:
+        return self._step(largest.clamp(max=_LARGEST))
 
     def _step(self, span: Tensor) -> Tensor:
         """The smallest `dtype` number, or the one after it, of which `highest` cover the span.
@@ -92,7 +94,7 @@ class Grid:
         highest = torch.full_like(span, self.highest)
         step = (span / highest).to(self.dtype)
         is_short = step.to(torch.float32) * highest < span
-        step = torch.where(is_short, _next_away(step), step)
+        step = torch.where(is_short, _next_up(step), step)
         return step.clamp_(max=torch.finfo(self.dtype).max)
 
 
@@ -115,21 +117,16 @@ def stochastic(positions: Tensor, *, seed: int, first: int) -> Tensor:
 def _round_down(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The largest `dtype` number that is at most the value."""
     rounded = values.to(dtype)
-    negative = torch.full_like(rounded, -0.0)
-    below = torch.where(
-        rounded > 0, _next_towards(rounded), _next_away(torch.where(rounded == 0, negative, rounded))
-    )
-    return torch.where(rounded.to(torch.float32) > values, below, rounded)
+    numbers = rounded.view(_integers(dtype))
+    # Of one sign, magnitudes are ordered as their bits. A zero above its value is a negative zero.
+    below = torch.where(rounded > 0, numbers - 1, numbers + 1)
+    return torch.where(rounded.to(torch.float32) > values, below, numbers).view(dtype)
 
 
-def _next_away(values: Tensor) -> Tensor:
-    """The next number away from zero, keeping the sign: of one sign, magnitudes are ordered as their bits."""
-    return (_bits(values) + 1).view(values.dtype)
+def _next_up(values: Tensor) -> Tensor:
+    """The next number above, of numbers that are not negative."""
+    return (values.view(_integers(values.dtype)) + 1).view(values.dtype)
 
 
-def _next_towards(values: Tensor) -> Tensor:
-    return (_bits(values) - 1).view(values.dtype)
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.view(torch.int32 if values.element_size() == 4 else torch.int16)
+def _integers(dtype: torch.dtype) -> torch.dtype:
+    return torch.int32 if dtype.itemsize == 4 else torch.int16

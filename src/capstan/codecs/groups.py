@@ -199,7 +199,7 @@ class GroupQuantised(Codec):
 
     def _read_through(self, records: Tensor, part: Tensor) -> None:
         """Decode by way of a temporary, for memory of another type or stride or with a short last group."""
-        values = torch.empty((len(records), self.group_size), device=part.device)
+        values = torch.empty((len(records), self.group_size), dtype=torch.float32, device=part.device)
         self._read_groups(records, values)
         limit = torch.finfo(part.dtype).max
         if limit < LARGEST_LEVEL:
@@ -217,7 +217,7 @@ class GroupQuantised(Codec):
         values = self._in_groups(part, num_groups)
         if values is not None:
             return values
-        values = torch.empty((num_groups, self.group_size), device=part.device)
+        values = torch.empty((num_groups, self.group_size), dtype=torch.float32, device=part.device)
         rows = values.view(*part.shape[:-1], -1)
         rows[..., : part.shape[-1]] = part
         rows[..., part.shape[-1] :] = part[..., -1:]

@@ -6,7 +6,9 @@ each sequence, reading a sequence reads one run, and a region rests in a device 
 scratch file in the same form.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -38,11 +40,11 @@ class RowFormat:
     def _value_shape(self) -> tuple[int, int]:
         return (self.geometry.num_key_heads, self.geometry.value_size)
 
-    @property
+    @cached_property
     def key_bytes(self) -> int:
         return self.codec.encoded_bytes((1, *self._key_shape), self.dtype)
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return self.key_bytes + self.codec.encoded_bytes((1, *self._value_shape), self.dtype)
 
@@ -106,12 +108,8 @@ def region_bytes(
 ) -> int:
     """Bytes of all regions that rest on `tier`."""
     rows = [batch.slots * batch.capacity for batch in shape.batches]
-    return sum(
-        aligned(count * layout.row_bytes)
-        for layout, where in zip(formats, tiers, strict=True)
-        if where == tier
-        for count in rows
-    )
+    widths = Counter(layout.row_bytes for layout, where in zip(formats, tiers, strict=True) if where == tier)
+    return sum(layers * aligned(count * row_bytes) for row_bytes, layers in widths.items() for count in rows)
 
 
 def cache_buffers(

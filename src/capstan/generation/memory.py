@@ -160,7 +160,7 @@ def workspace_of(
 
 def _attention_bytes(model: Model, placement: Placement, shape: BlockShape, extent: Extent) -> int:
     most = 0
-    for layout, tier in zip(model.formats, placement.cache, strict=True):
+    for layout, tier in set(zip(model.formats, placement.cache, strict=True)):
         on_device = tier == "device" or not placement.host_attention
         inside = max(
             workspace_bytes(
@@ -187,7 +187,7 @@ def _host_attention_bytes(model: Model, placement: Placement, shape: BlockShape)
     if not placement.host_attention:
         return 0
     pairs = zip(model.formats, placement.cache, strict=True)
-    away = [layout for layout, tier in pairs if tier != "device"]
+    away = {layout for layout, tier in pairs if tier != "device"}
     return max(
         (
             layout.decoded_bytes(batch.slots * batch.capacity)

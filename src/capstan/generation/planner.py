@@ -81,12 +81,18 @@ class Planner:
             DoesNotFit: not even one sequence at a time fits; says what is missing where.
         """
         best: tuple[float, Placement, BlockShape] | None = None
+        too_large: set[int] = set()  # slots in a batch of which even fewer batches did not fit
         for shape in self._shapes(lengths):
-            candidates = self._placements(shape, lengths, weights, keeps_cache)
-            for placement in candidates:
-                seconds = self._estimate_s(placement, shape, lengths, keeps_cache)
+            slots = shape.batches[0].slots
+            if slots in too_large:
+                continue
+            chunked, placements = self._chunked(shape, lengths, weights, keeps_cache)
+            if not placements:
+                too_large.add(slots)
+            for placement in placements:
+                seconds = self._estimate_s(placement, chunked, lengths, keeps_cache)
                 if best is None or seconds < best[0]:
-                    best = (seconds, placement, shape)
+                    best = (seconds, placement, chunked)
         if best is None:
             raise self._smallest_demand_error(lengths, weights, keeps_cache)
         _, placement, shape = best
@@ -106,11 +112,27 @@ class Planner:
         seen = set()
         for slots in _powers(min(len(lengths), _MOST_SLOTS)):
             for batches in _powers(-(-len(lengths) // slots)):
-                for chunk_tokens in dict.fromkeys([max(usual, longest), longest]):
-                    shape = shape_for(lengths, slots=slots, batches=batches, chunk_tokens=chunk_tokens)
-                    if shape not in seen:
-                        seen.add(shape)
-                        yield shape
+                shape = shape_for(lengths, slots=slots, batches=batches, chunk_tokens=max(usual, longest))
+                if shape not in seen:
+                    seen.add(shape)
+                    yield shape
+
+    def _chunked(
+        self,
+        shape: BlockShape,
+        lengths: Sequence[Length],
+        weights: Mapping[str, Tier] | None,
+        keeps_cache: bool,
+    ) -> tuple[BlockShape, list[Placement]]:
+        """The block with as large a chunk of prompts as fits, and its placements."""
+        longest = max(length.prompt for length in lengths)
+        chunk_tokens = shape.chunk_tokens
+        while True:
+            placements = list(self._placements(shape, lengths, weights, keeps_cache))
+            if placements or chunk_tokens == longest:
+                return shape, placements
+            chunk_tokens = max(longest, chunk_tokens // 4)
+            shape = replace(shape, chunk_tokens=chunk_tokens)
 
     def _placements(
         self,

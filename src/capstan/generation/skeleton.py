@@ -259,6 +259,8 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
             "so its KV cache cannot be placed. Models in the style of Llama, Qwen, Mistral, Gemma, OPT and "
             "GPT-2 can."
         )
+    # Only gradients know a padding row, and the rows gathered for a batch may be fewer than its index.
+    model.get_input_embeddings().padding_idx = None
     model.eval()
     model.requires_grad_(False)
     return Skeleton(model, config)

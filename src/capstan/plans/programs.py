@@ -1,6 +1,9 @@
 """A thin face for integer linear programs: named variables, solved by HiGHS through scipy."""
 
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
 
@@ -9,6 +12,19 @@ import numpy as np
 from capstan.errors import DoesNotFit
 
 Terms = Mapping[str, float]
+
+
+@contextmanager
+def _solver_speaks_on_standard_error() -> Iterator[None]:
+    """HiGHS 1.12 prints a debugging line straight to file descriptor 1, where a command's JSON belongs."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @dataclass
@@ -39,8 +55,10 @@ class IntegerProgram:
         """Require sum(coefficient * variable) == value."""
         self._rows.append((dict(terms), value, value))
 
-    def minimise(self, cost: Terms, *, time_limit_s: float = 2.0) -> dict[str, float]:
-        """Solve; integer variables come back exactly integral.
+    def minimise(
+        self, cost: Terms, *, relative_gap: float = 1e-4, time_limit_s: float = 2.0
+    ) -> dict[str, float]:
+        """Solve to within `relative_gap` of the optimum; integer variables come back exactly integral.
 
         Raises:
             DoesNotFit: no assignment satisfies the constraints, or none was found in `time_limit_s`.
@@ -62,16 +80,17 @@ class IntegerProgram:
             lows = [low for _, low, _ in self._rows]
             highs = [high for _, _, high in self._rows]
             constraints.append(LinearConstraint(matrix, lows, highs))
-        solution = milp(
-            c=dense(cost),
-            integrality=[int(integer) for _, _, integer in self._bounds.values()],
-            bounds=Bounds(
-                [low for low, _, _ in self._bounds.values()],
-                [high for _, high, _ in self._bounds.values()],
-            ),
-            constraints=constraints,
-            options={"time_limit": time_limit_s},
-        )
+        with _solver_speaks_on_standard_error():
+            solution = milp(
+                c=dense(cost),
+                integrality=[int(integer) for _, _, integer in self._bounds.values()],
+                bounds=Bounds(
+                    [low for low, _, _ in self._bounds.values()],
+                    [high for _, high, _ in self._bounds.values()],
+                ),
+                constraints=constraints,
+                options={"time_limit": time_limit_s, "mip_rel_gap": relative_gap},
+            )
         if solution.x is None:
             raise DoesNotFit(f"The integer program has no solution: {solution.message}")
         values = dict(zip(names, map(float, solution.x), strict=True))
