@@ -29,7 +29,7 @@ def run(cache: Path, *words: str) -> tuple[str, str]:
 
 
 def test_json_is_one_object_and_the_only_thing_on_standard_output(cache: Path) -> None:
-    output, errors = run(cache, "--seconds", "0.5", "--json", "--fresh")
+    output, errors = run(cache, "--seconds", "0.5", "--json")
     record = json.loads(output)
     assert record["verb"] == "probe"
     machine = Machine.from_dict(record["machine"])
@@ -63,5 +63,5 @@ def test_a_folder_that_is_not_there_is_an_error(cache: Path) -> None:
 
 def test_help_teaches_each_option() -> None:
     output = runner.invoke(app, ["--help"], env={"COLUMNS": "140"}).output
-    for option in ("--device", "--disk", "--seconds", "--fresh", "--json"):
+    for option in ("--device", "--disk", "--seconds", "--cached", "--json"):
         assert option in output

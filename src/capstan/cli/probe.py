@@ -39,13 +39,9 @@ SecondsOption = Annotated[
         "4 is enough for a first plan. Importing torch comes on top.",
     ),
 ]
-FreshOption = Annotated[
+CachedOption = Annotated[
     bool,
-    typer.Option(
-        "--fresh",
-        help="Measure again even though this machine's profile is known: after a change of hardware or "
-        "drivers, or when the machine was busy the last time.",
-    ),
+    typer.Option("--cached", help="Show the kept profile, if there is one, with free memory as of now."),
 ]
 JsonOption = Annotated[
     bool,
@@ -57,20 +53,22 @@ def probe(
     device: DeviceOption = "auto",
     disk: DiskOption = None,
     seconds: SecondsOption = DEFAULT_BUDGET_S,
-    fresh: FreshOption = False,
+    cached: CachedOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how fast this machine moves bytes and multiplies matrices, and keep the result.
 
-    Every plan of Capstan predicts its time from these figures. They are kept in a profile, so a second
-    call only reads free memory again; --fresh measures anew. Leave the machine idle meanwhile.
+    Every plan of Capstan predicts its time from these figures, which are kept in a profile. Leave the
+    machine idle meanwhile.
     """
     errors = Console(stderr=True)
     measured: list[str] = []
     with _progress_line(errors, measured) as progress:
-        machine = this_machine(device=device, fresh=fresh, budget_s=seconds, disk_dir=disk, progress=progress)
+        machine = this_machine(
+            device=device, fresh=not cached, budget_s=seconds, disk_dir=disk, progress=progress
+        )
     if not measured:
-        errors.print("Read from the profile; only free memory is new. Measure again with --fresh.")
+        errors.print("Read from the profile; only free memory is new.")
     path = profile_path(machine.device("device").kind)
     kept = str(path) if path.exists() else None
     if as_json:
@@ -106,7 +104,7 @@ def _print_machine(machine: Machine, profile: str | None) -> None:
     for note in machine.notes:
         output.print(f"- {note}", markup=False)
     kept = f"Kept in {profile}" if profile else "The profile could not be kept"
-    output.print(f"{kept}; measure again with: capstan probe --fresh", markup=False)
+    output.print(f"{kept}; see it again with: capstan probe --cached", markup=False)
 
 
 def _device_table(devices: tuple[Device, ...]) -> Table:

@@ -54,8 +54,8 @@ class Cast(Codec):
         require_floating(self.name, dtype)
         return num_elements(shape) * self.dtype.itemsize
 
-    def scratch_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        return read_scratch_bytes(shape)
+    def scratch_bytes(self, shape: tuple[int, ...], dtype: torch.dtype, *, device_type: str = "cuda") -> int:
+        return read_scratch_bytes(shape, device_type)
 
     def _write(self, values: Tensor, payload: Tensor, seed: int | None) -> None:
         write_elements(values, payload, self.dtype)

@@ -36,8 +36,11 @@ class Codec(ABC):
         """The exact size of the payload; a shape or type that cannot be encoded raises `InputError`."""
 
     @abstractmethod
-    def scratch_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """An upper bound of the temporary memory that `decode_into` holds at any time."""
+    def scratch_bytes(self, shape: tuple[int, ...], dtype: torch.dtype, *, device_type: str = "cuda") -> int:
+        """An upper bound of the temporary memory that `decode_into` holds at any time on such a device.
+
+        Accelerators get larger blocks than processors, because each operation on a block costs a launch.
+        """
 
     @abstractmethod
     def _write(self, values: Tensor, payload: Tensor, seed: int | None) -> None:

@@ -73,7 +73,7 @@ def write_elements(values: Tensor, payload: Tensor, dtype: torch.dtype) -> None:
         payload.view(dtype).view(values.shape).copy_(values)
         return
     size = dtype.itemsize
-    for first, count, part in blocks(values, group_size=1, max_groups=_block_elements(values)):
+    for first, count, part in blocks(values, group_size=1, max_groups=_block_elements(values.device.type)):
         elements = saturating_cast(part, dtype).contiguous()
         payload[first * size : (first + count) * size].copy_(bytes_of(elements))
 
@@ -84,7 +84,7 @@ def read_elements(payload: Tensor, dtype: torch.dtype, out: Tensor) -> None:
         out.copy_(payload.view(dtype).view(out.shape))
         return
     size = dtype.itemsize
-    for first, count, part in blocks(out, group_size=1, max_groups=_block_elements(out)):
+    for first, count, part in blocks(out, group_size=1, max_groups=_block_elements(out.device.type)):
         _read_block(payload[first * size : (first + count) * size], dtype, part)
 
 
@@ -93,14 +93,14 @@ def _read_block(payload: Tensor, dtype: torch.dtype, out: Tensor) -> None:
     out.copy_(saturating_cast(elements, out.dtype) if can_overflow(dtype, out.dtype) else elements)
 
 
-def read_scratch_bytes(shape: tuple[int, ...]) -> int:
-    """An upper bound of the temporary memory of `read_elements`, at most 64 MiB.
+def read_scratch_bytes(shape: tuple[int, ...], device_type: str) -> int:
+    """An upper bound of the temporary memory of `read_elements`: at most 8 MiB on a processor, 64 elsewhere.
 
     An element takes at most 8 bytes each for the realigned, the clamped and the absolute or restored value,
     1 for a mask and 4 for the result: less than 32.
     """
-    return _READ_BYTES_PER_ELEMENT * min(num_elements(shape), _BLOCK_ELEMENTS)
+    return _READ_BYTES_PER_ELEMENT * min(num_elements(shape), _block_elements(device_type))
 
 
-def _block_elements(values: Tensor) -> int:
-    return _CPU_BLOCK_ELEMENTS if values.device.type == "cpu" else _BLOCK_ELEMENTS
+def _block_elements(device_type: str) -> int:
+    return _CPU_BLOCK_ELEMENTS if device_type == "cpu" else _BLOCK_ELEMENTS

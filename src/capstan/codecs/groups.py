@@ -34,6 +34,10 @@ _CPU_SCRATCH_BYTES = 3 * 2**19
 _SCRATCH_BYTES = 64 * 2**20
 
 
+def _scratch_limit(device_type: str) -> int:
+    return _CPU_SCRATCH_BYTES if device_type == "cpu" else _SCRATCH_BYTES
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupQuantised(Codec):
     """Every group of `group_size` consecutive elements along `dim` on its own grid.
@@ -139,9 +143,10 @@ class GroupQuantised(Codec):
         require_floating(self.name, dtype)
         return self.num_groups(shape) * self.group_bytes
 
-    def scratch_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """At most 64 MiB, or what one group needs if that is more; on the CPU blocks are far smaller."""
-        return min(self.num_groups(shape), self._groups_per_block(_SCRATCH_BYTES)) * self._group_scratch_bytes
+    def scratch_bytes(self, shape: tuple[int, ...], dtype: torch.dtype, *, device_type: str = "cuda") -> int:
+        """What one group needs, and beyond that at most 64 MiB, on a processor 1.5 MiB."""
+        groups = min(self.num_groups(shape), self._groups_per_block(_scratch_limit(device_type)))
+        return groups * self._group_scratch_bytes
 
     @property
     def _grid(self) -> Grid:
@@ -161,7 +166,7 @@ class GroupQuantised(Codec):
         return max(1, scratch_bytes // self._group_scratch_bytes)
 
     def _blocks(self, values: Tensor) -> Iterator[Block]:
-        scratch = _CPU_SCRATCH_BYTES if values.device.type == "cpu" else _SCRATCH_BYTES
+        scratch = _scratch_limit(values.device.type)
         rows = values.movedim(self.dim, -1) if values.dim() else values
         return blocks(rows, group_size=self.group_size, max_groups=self._groups_per_block(scratch))
 

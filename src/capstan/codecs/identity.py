@@ -33,8 +33,8 @@ class Identity(Codec):
         dtype_name(dtype)
         return num_elements(shape) * dtype.itemsize
 
-    def scratch_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        return read_scratch_bytes(shape)
+    def scratch_bytes(self, shape: tuple[int, ...], dtype: torch.dtype, *, device_type: str = "cuda") -> int:
+        return read_scratch_bytes(shape, device_type)
 
     def _write(self, values: Tensor, payload: Tensor, seed: int | None) -> None:
         if values.is_contiguous():

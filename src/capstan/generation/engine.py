@@ -1,6 +1,6 @@
 """The engine: a model, its weights in place, and the jobs that run on it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -14,6 +14,7 @@ from capstan.generation.job import Job, OnProgress
 from capstan.generation.model import Model, dominant_dtype, open_model
 from capstan.generation.placement import Tier, parse_wish
 from capstan.generation.planner import JobPlan, Planner
+from capstan.generation.prompts import check_length, tokens_of
 from capstan.generation.requests import Answer, Completion, Request, Score, TokenLogprob
 from capstan.generation.sequences import Sequence as Growing
 from capstan.generation.weights import WeightStore
@@ -107,12 +108,22 @@ class Engine:
             checkpoint=checkpoint,
         )
         opening = planner.plan(lengths)
-        return cls._with_weights(planner, opening, torch_device, Path(disk) if disk else None)
+        return cls.start(planner, opening, torch_device, disk_folder=Path(disk) if disk else None)
 
     @classmethod
-    def _with_weights(
-        cls, planner: Planner, opening: JobPlan, device: torch.device, disk_folder: Path | None
+    def start(
+        cls,
+        planner: Planner,
+        opening: JobPlan,
+        device: torch.device,
+        *,
+        disk_folder: Path | None = None,
+        on_loaded: Callable[[int, int], None] | None = None,
     ) -> Self:
+        """Bring the weights to where `opening`, a plan of `planner`, wants them.
+
+        `on_loaded` hears how many bytes of the checkpoint are done, and of how many.
+        """
         model, tiers = planner.model, opening.placement.weights
         ledger = Ledger()
         encoded_bytes = sum(
@@ -136,8 +147,9 @@ class Engine:
         )
         try:
             with torch.inference_mode():
-                for _ in weights.load():
-                    pass
+                for done in weights.load():
+                    if on_loaded is not None:
+                        on_loaded(done, model.checkpoint.size_bytes)
         except BaseException:
             engine.close()
             raise
@@ -192,37 +204,14 @@ class Engine:
             for growing in sequences
         ]
 
-    def tokens_of(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt's token ids.
-
-        Raises:
-            InputError: text without a tokenizer, ids outside the vocabulary, an empty prompt.
-        """
-        if not isinstance(prompt, str):
-            tokens = [int(token) for token in prompt]
-        elif self.model.tokenizer is None:
-            raise InputError(f"{self.model.folder} has no tokenizer; give prompts as lists of token ids.")
-        else:
-            tokens = list(self.model.tokenizer(prompt)["input_ids"])
-        if not tokens:
-            raise InputError("The prompt is empty; a prompt needs at least one token.")
-        size = self.model.skeleton.vocabulary_size
-        if not all(0 <= token < size for token in tokens):
-            raise InputError(f"A prompt has token ids outside 0 … {size - 1}, the model's vocabulary.")
-        return tokens
-
-    def check_length(self, request: Request, num_prompt_tokens: int) -> None:
-        """Raise `InputError` if the prompt and its answer exceed the model's context."""
-        _check_length(self.model, num_prompt_tokens, request.max_tokens)
-
     def plan_job(self, lengths: Sequence[Length], *, keeps_cache: bool = True) -> JobPlan:
         """The plan for sequences of these lengths, with the weights where they lie."""
         tiers: Mapping[str, Tier] = self._opening.placement.weights
         return self._planner.plan(lengths, weights=tiers, keeps_cache=keeps_cache)
 
     def _sequences(self, index: int, request: Request, *, fits: int | None = None) -> list[Growing]:
-        prompt = self.tokens_of(request.prompt)
-        _check_length(self.model, len(prompt), request.max_tokens if fits is None else fits)
+        prompt = tokens_of(self.model, request.prompt)
+        check_length(self.model, len(prompt), request.max_tokens if fits is None else fits)
         return [
             Growing(
                 request=request,
@@ -307,6 +296,7 @@ def plan_for(
     checkpoint = checkpoint or Checkpoint(_existing(Path(folder)))
     model = open_model(
         Path(folder),
+        device_type=torch_device.type,
         dtype=dtype or _fastest_dtype(dominant_dtype(checkpoint), machine),
         weight_bits=weight_bits,
         cache_bits=cache_bits,
@@ -361,15 +351,6 @@ def _budgets(
         existing = next(parent for parent in (disk, *disk.absolute().parents) if parent.exists())
         budgets["disk"] = psutil.disk_usage(str(existing)).free
     return budgets
-
-
-def _check_length(model: Model, num_prompt_tokens: int, num_new: int) -> None:
-    longest = model.skeleton.max_positions
-    if longest is not None and num_prompt_tokens + num_new > longest:
-        raise InputError(
-            f"A prompt of {num_prompt_tokens:,} tokens and {num_new:,} new ones exceed the model's "
-            f"context of {longest:,}. Shorten the prompt or lower max_tokens."
-        )
 
 
 def _completion(answers: Sequence[Growing]) -> Completion:

@@ -25,6 +25,7 @@ class StoredTensor:
     spec: TensorSpec
     dtype: torch.dtype
     codec: Codec
+    device_type: str
 
     @property
     def name(self) -> str:
@@ -56,8 +57,10 @@ class StoredTensor:
 
     @cached_property
     def scratch_bytes(self) -> int:
-        """Temporary bytes while it is decoded."""
-        return 0 if self.is_plain else self.codec.scratch_bytes(self.spec.shape, self.dtype)
+        """Temporary bytes while it is decoded on the device."""
+        if self.is_plain:
+            return 0
+        return self.codec.scratch_bytes(self.spec.shape, self.dtype, device_type=self.device_type)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,12 @@ class Inventory:
 
 
 def take_inventory(
-    skeleton: Skeleton, checkpoint: Checkpoint, sources: Sources, *, weight_bits: int | None
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    sources: Sources,
+    *,
+    weight_bits: int | None,
+    device_type: str,
 ) -> Inventory:
     """Decide how every tensor rests.
 
@@ -109,7 +117,8 @@ def take_inventory(
 
     def stored(spec: TensorSpec, *, in_layer: bool) -> StoredTensor:
         dtype = checkpoint.tensors[sources[spec.name][0].source].dtype
-        return StoredTensor(spec=spec, dtype=dtype, codec=_codec(spec, dtype, weight_bits, in_layer))
+        codec = _codec(spec, dtype, weight_bits, in_layer)
+        return StoredTensor(spec=spec, dtype=dtype, codec=codec, device_type=device_type)
 
     layers = [
         tuple(stored(spec, in_layer=True) for spec in skeleton.layer_tensors(index))

@@ -31,6 +31,7 @@ class RowFormat:
     geometry: AttentionGeometry
     codec: Codec
     dtype: torch.dtype
+    device_type: str
 
     @property
     def _key_shape(self) -> tuple[int, int]:
@@ -59,7 +60,7 @@ class RowFormat:
             return 0
         decoded = num_rows * self.geometry.cached_elements * self.dtype.itemsize
         scratch = max(
-            self.codec.scratch_bytes((num_rows, *shape), self.dtype)
+            self.codec.scratch_bytes((num_rows, *shape), self.dtype, device_type=self.device_type)
             for shape in (self._key_shape, self._value_shape)
         )
         return decoded + num_rows * self.row_bytes + scratch

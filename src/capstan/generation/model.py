@@ -50,6 +50,7 @@ class Model:
 def open_model(
     folder: Path,
     *,
+    device_type: str = "cpu",
     dtype: torch.dtype | None = None,
     weight_bits: int | None = None,
     cache_bits: int | None = None,
@@ -58,6 +59,7 @@ def open_model(
     """Open a folder in Hugging Face format without reading its weights.
 
     Args:
+        device_type: "cuda" or "cpu", where it will compute.
         dtype: what to compute in; None for the checkpoint's own dtype.
         weight_bits, cache_bits: 16, 8 or 4; None for the checkpoint's own.
         checkpoint: where weights come from, if not from the folder.
@@ -70,7 +72,9 @@ def open_model(
     checkpoint = checkpoint or Checkpoint(folder)
     skeleton = open_skeleton(folder, dtype or dominant_dtype(checkpoint))
     sources = map_checkpoint(skeleton, checkpoint)
-    inventory = take_inventory(skeleton, checkpoint, sources, weight_bits=weight_bits)
+    inventory = take_inventory(
+        skeleton, checkpoint, sources, weight_bits=weight_bits, device_type=device_type
+    )
     anatomy = Anatomy(skeleton)
     formats = tuple(
         RowFormat(
@@ -82,6 +86,7 @@ def open_model(
                 compute_dtype=skeleton.compute_dtype,
             ),
             dtype=skeleton.compute_dtype,
+            device_type=device_type,
         )
         for layer in anatomy.layers
     )

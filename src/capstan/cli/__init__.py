@@ -1,0 +1,60 @@
+"""The command line: one file a verb. Here the rooms meet; everywhere else they do not know each other."""
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from capstan.cli.demo import demo
+from capstan.cli.generate import generate
+from capstan.cli.probe import probe
+from capstan.errors import CapstanError
+
+app = typer.Typer(
+    name="capstan",
+    help="Run, train and judge big models on the hardware that you have. Every verb plans before it runs: "
+    "--explain prints the plan and stops, and afterwards the measured figures stand beside it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+VERBS: dict[str, Callable[..., None]] = {"probe": probe, "generate": generate, "demo": demo}
+for _name, _verb in VERBS.items():
+    app.command(_name)(_verb)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"capstan {version('capstan-ml')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for failure, 2 for wrong usage, 130 for Ctrl-C."""
+    errors = Console(stderr=True, highlight=False)
+    try:
+        outcome: Any = app(args=arguments, standalone_mode=False)
+    except CapstanError as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        return error.exit_code
+    except click.exceptions.Abort:
+        errors.print("Stopped. The same command goes on where it was.")
+        return 130
+    except click.ClickException as error:
+        error.show(file=sys.stderr)
+        return error.exit_code
+    return outcome if isinstance(outcome, int) else 0

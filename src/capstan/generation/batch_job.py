@@ -1,0 +1,160 @@
+"""The batch job: a file of requests in, a file of answers out, each answered exactly once."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capstan.errors import InputError
+from capstan.generation.batch_answers import answer_line, error_line
+from capstan.generation.batch_lines import BadLine, BatchRequest, parse_lines
+from capstan.generation.batching import Length
+from capstan.generation.engine import Engine
+from capstan.generation.job import OnProgress, Progress
+from capstan.generation.journal import Journal
+from capstan.generation.model import Model
+from capstan.generation.planner import JobPlan, Planner
+from capstan.plans import Plan, Trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchFile:
+    """A parsed input file."""
+
+    path: Path
+    digest: str
+    created: int
+    lines: Sequence[BatchRequest | BadLine]
+
+    @property
+    def requests(self) -> list[BatchRequest]:
+        return [line for line in self.lines if isinstance(line, BatchRequest)]
+
+    @property
+    def bad_lines(self) -> list[BadLine]:
+        return [line for line in self.lines if isinstance(line, BadLine)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchReport:
+    """How a batch job ended. `plan` and `trace` are None when nothing was left to answer."""
+
+    num_answered: int
+    num_errors: int
+    num_answered_before: int
+    plan: Plan | None
+    trace: Trace | None
+
+
+def read_batch(path: Path, model: Model, *, max_tokens: int) -> BatchFile:
+    """Read and parse an input file.
+
+    Raises:
+        InputError: there is no such file, or it is not text.
+    """
+    try:
+        data = path.read_bytes()
+        text = data.decode()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}. Name a JSONL file with --input."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); is it compressed?") from error
+    return BatchFile(
+        path=path,
+        digest=hashlib.sha256(data).hexdigest(),
+        created=int(path.stat().st_mtime),
+        lines=parse_lines(text.split("\n"), model, max_tokens=max_tokens),
+    )
+
+
+def lengths_of(requests: Sequence[BatchRequest]) -> list[Length]:
+    """The lengths that a planner needs, one for each answer."""
+    return [
+        Length(len(asked.request.prompt), asked.request.max_tokens)
+        for asked in requests
+        for _ in range(asked.request.n)
+    ]
+
+
+def open_journal(batch: BatchFile, output: Path, model: Model, *, overwrite: bool) -> Journal:
+    """The output file, ready to be appended to; see `Journal` for when it refuses."""
+    codecs = {tensor.codec.name for unit in model.inventory.units for tensor in unit}
+    job = {
+        "input": batch.digest,
+        "model": _fingerprint(model),
+        "weights": sorted(codecs),
+        "cache": sorted({layout.codec.name for layout in model.formats}),
+    }
+    return Journal(output, job, overwrite=overwrite)
+
+
+def _fingerprint(model: Model) -> str:
+    """What the model is, from its configuration and the sizes and places of its tensors."""
+    digest = hashlib.sha256(model.skeleton.config.to_json_string().encode())
+    for name, entry in sorted(model.checkpoint.tensors.items()):
+        digest.update(f"{name} {entry.dtype} {entry.shape} {entry.offset}".encode())
+    return digest.hexdigest()
+
+
+def run_batch(
+    batch: BatchFile,
+    journal: Journal,
+    planner: Planner,
+    device: torch.device,
+    *,
+    disk_folder: Path | None = None,
+    on_plan: Callable[[JobPlan], None] | None = None,
+    on_loaded: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
+) -> BatchReport:
+    """Answer what the journal does not hold yet."""
+    before = len(journal.answered)
+    bad = [line for line in batch.bad_lines if line.custom_id not in journal.answered]
+    journal.append([error_line(line) for line in bad])
+    waiting = [asked for asked in batch.requests if asked.custom_id not in journal.answered]
+    plan: Plan | None = None
+    trace: Trace | None = None
+    if waiting:
+        opening = planner.plan(lengths_of(waiting))
+        if on_plan is not None:
+            on_plan(opening)
+        with Engine.start(planner, opening, device, disk_folder=disk_folder, on_loaded=on_loaded) as engine:
+            _answer(waiting, engine, journal, created=batch.created, on_progress=on_progress)
+            plan, trace = engine.plan, engine.trace
+    return BatchReport(
+        num_answered=len(waiting),
+        num_errors=len(bad),
+        num_answered_before=before,
+        plan=plan,
+        trace=trace,
+    )
+
+
+def _answer(
+    waiting: Sequence[BatchRequest],
+    engine: Engine,
+    journal: Journal,
+    *,
+    created: int,
+    on_progress: OnProgress | None,
+) -> None:
+    asked_by_id = {asked.custom_id: asked for asked in waiting}
+    ready: list[dict[str, Any]] = []
+
+    def write_then_report(progress: Progress) -> None:
+        # Called once a sweep, before its own completions: what is ready is of the sweeps before.
+        journal.append(ready)
+        ready.clear()
+        if on_progress is not None:
+            on_progress(progress)
+
+    completions = engine.generate([asked.request for asked in waiting], on_progress=write_then_report)
+    for completion in completions:
+        asked = asked_by_id[completion.id]
+        ready.append(answer_line(asked, completion, engine.model, created=created))
+    journal.append(ready)

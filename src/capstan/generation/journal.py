@@ -1,0 +1,149 @@
+"""The output file of a batch job, which is its journal too.
+
+Every line is appended with one write and synced; nothing is ever rewritten. Beside it lies `OUTPUT.job`,
+which says what job it is: going on after kill -9 needs the same input and the same model. A lock on that
+file, released by the kernel when the process dies, keeps two processes from answering into one file.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from capstan.errors import DoesNotFit, InputError
+
+_FORMAT = "capstan.batch-job"
+_VERSION = 1
+
+
+class Journal:
+    """An output file that is only appended to.
+
+    `answered` are the custom_ids that it holds already.
+
+    Raises:
+        InputError: the file belongs to another job, another process is at it, or it was changed by hand.
+    """
+
+    def __init__(self, output: Path, job: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.output = output
+        self._lock = _locked(output)
+        try:
+            if overwrite:
+                output.unlink(missing_ok=True)
+            self.answered = _resume(output, self._lock, dict(job), overwrite)
+            self._file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Append answers, all in one write, and wait until they are on disk."""
+        lines = list(lines)
+        if not lines:
+            return
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        data = memoryview(text.encode())
+        try:
+            while len(data):
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
+        except OSError as error:
+            raise DoesNotFit(
+                f"Writing to {self.output} failed: {error.strerror}. Free space there and run the same "
+                "command again: it goes on where it stopped."
+            ) from error
+
+    def close(self) -> None:
+        os.close(self._file)
+        os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _job_file(output: Path) -> Path:
+    return output.with_name(output.name + ".job")
+
+
+def _locked(output: Path) -> int:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(_job_file(output), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}. Name another --output.") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise InputError(
+            f"Another process is writing {output}. Wait for it, or name another --output."
+        ) from None
+    return descriptor
+
+
+def _resume(output: Path, lock: int, job: dict[str, Any], overwrite: bool) -> set[str]:
+    wanted = {"format": _FORMAT, "version": _VERSION, **job}
+    known = None if overwrite else _read_job(output, lock)
+    if known is None:
+        if output.exists() and output.stat().st_size:
+            raise InputError(
+                f"{output} exists and was not written by a batch job. Name another --output, or replace it "
+                "with --overwrite."
+            )
+        _write_job(lock, wanted)
+        return set()
+    changed = [name for name in wanted if known.get(name) != wanted[name]]
+    if changed:
+        raise InputError(
+            f"{output} belongs to a job with another {' and '.join(changed)}; going on would mix two jobs. "
+            "Name another --output, or start anew with --overwrite."
+        )
+    return _answered(output)
+
+
+def _read_job(output: Path, lock: int) -> dict[str, Any] | None:
+    text = os.pread(lock, 1 << 20, 0)
+    if not text:
+        return None
+    try:
+        known = json.loads(text)
+    except ValueError:
+        known = None
+    if not isinstance(known, dict) or known.get("format") != _FORMAT:
+        raise InputError(
+            f"{_job_file(output)} is damaged, so it is not known what {output} answers. "
+            "Name another --output, or start anew with --overwrite."
+        )
+    return known
+
+
+def _write_job(lock: int, job: dict[str, Any]) -> None:
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, json.dumps(job).encode(), 0)
+    os.fsync(lock)
+
+
+def _answered(output: Path) -> set[str]:
+    """The custom_ids in the file; a last line that a kill cut off is removed."""
+    if not output.exists():
+        return set()
+    data = output.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(output, whole)
+    answered = set()
+    for number, line in enumerate(data[:whole].splitlines(), start=1):
+        try:
+            answered.add(str(json.loads(line)["custom_id"]))
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{output}, line {number}, is not an answer that this job wrote. Restore the file, or start "
+                "anew with --overwrite."
+            ) from None
+    return answered

@@ -1,0 +1,59 @@
+"""From what a user writes to token ids."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from capstan.errors import InputError
+from capstan.generation.model import Model
+
+
+def tokens_of(model: Model, prompt: str | Sequence[int]) -> list[int]:
+    """A prompt's token ids.
+
+    Raises:
+        InputError: text without a tokenizer, ids outside the vocabulary, an empty prompt.
+    """
+    if not isinstance(prompt, str):
+        tokens = [int(token) for token in prompt]
+    elif model.tokenizer is None:
+        raise InputError(f"{model.folder} has no tokenizer; give prompts as lists of token ids.")
+    else:
+        tokens = list(model.tokenizer(prompt)["input_ids"])
+    if not tokens:
+        raise InputError("The prompt is empty; a prompt needs at least one token.")
+    size = model.skeleton.vocabulary_size
+    if not all(0 <= token < size for token in tokens):
+        raise InputError(f"A prompt has token ids outside 0 … {size - 1}, the model's vocabulary.")
+    return tokens
+
+
+def chat_tokens(model: Model, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """The token ids of a conversation, by the model's own chat template, up to where the answer begins.
+
+    Raises:
+        InputError: there is no chat template, or it refuses the messages.
+    """
+    template = getattr(model.tokenizer, "chat_template", None)
+    if template is None:
+        raise InputError(
+            f"{model.folder} has no chat template, so 'messages' cannot become a prompt. "
+            "Give 'prompt' instead, or add a chat_template to tokenizer_config.json."
+        )
+    from jinja2 import TemplateError
+
+    try:
+        text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"The chat template of {model.folder} refuses these messages: {error}") from error
+    tokens = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tokens_of(model, tokens)
+
+
+def check_length(model: Model, num_prompt_tokens: int, num_new: int) -> None:
+    """Raise `InputError` if a prompt and its answer exceed the model's context."""
+    longest = model.skeleton.max_positions
+    if longest is not None and num_prompt_tokens + num_new > longest:
+        raise InputError(
+            f"A prompt of {num_prompt_tokens:,} tokens and {num_new:,} new ones exceed the model's "
+            f"context of {longest:,}. Shorten the prompt or lower max_tokens."
+        )
