@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -98,7 +98,7 @@ def _show_completions(prompts: Path, folder: Path, output: Console) -> None:
     output.print(table)
 
 
-def _lines(path: Path) -> list[dict]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -114,6 +114,7 @@ def _perplexity(model: Path, folder: Path, texts: Sequence[str], bits: int | Non
     """exp of the mean negative log-probability of a token given up to a window of tokens before it."""
     from capstan.cli.demo_model import CONTEXT
     from capstan.generation import Engine
+    from capstan.generation.batching import Length
 
     with Engine.open(
         model,
@@ -122,7 +123,7 @@ def _perplexity(model: Path, folder: Path, texts: Sequence[str], bits: int | Non
         disk=folder / "scratch",
         weight_bits=bits,
         place=["cache=host attention=host"],
-        lengths=[(CONTEXT // 2, 1)],
+        lengths=[Length(CONTEXT // 2, 1)],
     ) as engine:
         tokens = [token for text in texts for token in engine.model.tokenizer(text)["input_ids"]]
         windows = [tokens[start : start + CONTEXT // 2] for start in range(0, len(tokens), CONTEXT // 2)]

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 2048
 CONTEXT = 512
-_WINDOW, _WINDOWS_PER_STEP, _STEPS, _SAVE_EVERY = 128, 24, 260, 40
+_WINDOW, _WINDOWS_PER_STEP, _STEPS, _SAVE_EVERY = 128, 16, 400, 50
 _RATE = 3e-3
 _END = "<|endoftext|>"
 
@@ -58,7 +58,7 @@ def train(folder: Path, texts: list[str], on_step: OnStep) -> float:
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
-        losses.append(float(loss))
+        losses.append(loss.item())
         on_step(step + 1, _STEPS, losses[-1])
         if (step + 1) % _SAVE_EVERY == 0:
             _save(saved, parts, losses)
@@ -70,11 +70,11 @@ def train(folder: Path, texts: list[str], on_step: OnStep) -> float:
 def _config(eos: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=704,
+        hidden_size=192,
+        intermediate_size=512,
         num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=None,

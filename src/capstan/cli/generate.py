@@ -47,9 +47,7 @@ DeviceMemoryOption = Annotated[
 ]
 HostMemoryOption = Annotated[
     str | None,
-    typer.Option(
-        help="Host memory for weights, KV cache and staging, as 32GiB. Default: most of what is free."
-    ),
+    typer.Option(help="Host memory for weights, KV cache and staging, as 32GiB. Default: most of it."),
 ]
 DiskOption = Annotated[
     Path | None,
@@ -81,7 +79,7 @@ ExplainOption = Annotated[
 JsonOption = Annotated[
     bool,
     typer.Option(
-        "--json", help="Print one JSON object on standard output; everything else goes to standard error."
+        "--json", help="Print one JSON object on standard output, everything else on standard error."
     ),
 ]
 
@@ -134,9 +132,7 @@ def generate(
     _report_bad_lines(batch, errors)
     if explain:
         if not batch.requests:
-            raise InputError(
-                f"{input_file} has no request that can be answered, so there is nothing to plan."
-            )
+            raise InputError(f"{input_file} has no request that can be answered: nothing to plan.")
         plan = planner.plan(lengths_of(batch.requests)).plan
         as_object = {"verb": "generate", "plan": plan.to_dict(), "trace": None}
         typer.echo(json.dumps(as_object) if as_json else explain_plan(plan))
