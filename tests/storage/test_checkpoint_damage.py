@@ -62,7 +62,7 @@ def test_a_file_truncated_anywhere_is_refused(folder, position):
         Checkpoint(_folder(folder, VALID[:position]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     changes=st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=3)
 )
@@ -87,7 +87,7 @@ entries = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), entries | json_values, max_size=2)
     | json_values

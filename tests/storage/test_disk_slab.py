@@ -120,7 +120,7 @@ def test_what_the_limit_on_file_sizes_forbids_does_not_fit(tmp_path):
 @pytest.mark.parametrize("below", [".", "scratch"])
 def test_a_folder_that_cannot_be_written_is_an_input_error(tmp_path, below):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="No scratch file can be made in .*file"):
+    with pytest.raises(InputError, match=r"No scratch file can be made in .*file"):
         DiskSlab(tmp_path / "file" / below, 100)
 
 

@@ -45,7 +45,7 @@ ranges_and_pieces = st.tuples(
 ).map(lambda drawn: (*sorted(drawn[:2]), drawn[2]))
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(ranges_and_pieces)
 def test_a_read_in_pieces_equals_a_plain_read(path, drawn):
     start, end, piece_bytes = drawn
@@ -56,7 +56,7 @@ def test_a_read_in_pieces_equals_a_plain_read(path, drawn):
     assert bytes(target.tolist()) == CONTENT[start:end]
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(ranges_and_pieces)
 def test_a_write_in_pieces_equals_a_plain_write(written, drawn):
     start, end, piece_bytes = drawn

@@ -89,10 +89,9 @@ def test_a_copy_to_another_dtype_counts_with_its_own_size(device):
         assert live.live_bytes == small.nbytes + wide.nbytes == 9000
 
 
-@on_each_device
-def test_a_tensor_made_of_python_numbers_counts(device):
+def test_a_tensor_made_of_python_numbers_counts():
     with LiveBytes() as live:
-        made = torch.tensor([1.0] * 1000, device=device)
+        made = torch.tensor([1.0] * 1000)
     assert live.live_bytes == made.nbytes == 4000
 
 

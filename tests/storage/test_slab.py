@@ -87,7 +87,7 @@ def test_a_slab_for_a_device_lies_on_that_device():
 
 
 def test_memory_is_given_back_after_close():
-    size_bytes = 256 << 20
+    size_bytes = 64 << 20
     process = psutil.Process()
     gc.collect()
     before = process.memory_info().rss

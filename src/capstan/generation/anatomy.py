@@ -57,7 +57,7 @@ class Anatomy:
         rest = {spec.name: torch.zeros((), dtype=spec.dtype).expand(spec.shape) for spec in skeleton.rest}
         width = skeleton.state[skeleton.table].shape[1]
         rows = torch.zeros((), dtype=skeleton.compute_dtype).expand(num_tokens, width)
-        with torch.inference_mode():
+        with torch.inference_mode(), _buffers_on("cpu", skeleton.model):
             return skeleton.front(rows, torch.zeros(num_tokens, dtype=torch.long), rest)
 
     def _call_bytes_per_token(self) -> int:
@@ -124,7 +124,7 @@ class Anatomy:
         call = tree_map(_to_meta, call)
         with (
             torch.inference_mode(),
-            _buffers_on_meta(skeleton.layers[index]),
+            _buffers_on("meta", skeleton.layers[index]),
             _experts_stand_in(skeleton, index),
             observer or nullcontext(),
         ):
@@ -183,16 +183,16 @@ def _flops_per_token(skeleton: Skeleton, index: int) -> float:
 
 
 @contextmanager
-def _buffers_on_meta(layer: nn.Module) -> Iterator[None]:
-    """A layer's own computed buffers must be on the device of its inputs."""
+def _buffers_on(device: str, module: nn.Module) -> Iterator[None]:
+    """A module's computed buffers must be on the device of its inputs, for a while."""
     moved = [
         (part, name, buffer)
-        for part in layer.modules()
+        for part in module.modules()
         for name, buffer in part._buffers.items()
         if buffer is not None and not buffer.is_meta
     ]
     for part, name, buffer in moved:
-        part._buffers[name] = buffer.to("meta")
+        part._buffers[name] = buffer.to(device)
     try:
         yield
     finally:

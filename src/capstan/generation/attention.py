@@ -96,8 +96,7 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, geometry: Atten
     query `[tokens, heads, size]`, key and value `[tokens, key heads, size]` → `[tokens, heads, value size]`.
     """
     length = query.shape[0]
-    window = geometry.sliding_window
-    if geometry.softcap is None and (window is None or window >= length) and _has_fused_kernel(query, value):
+    if _is_fused(geometry, length, device_type=query.device.type, itemsize=query.dtype.itemsize):
         # (tokens, heads, size) -> (1, heads, tokens, size)
         output = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
@@ -111,9 +110,12 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, geometry: Atten
     return _prefill_by_query_chunks(query, key, value, geometry)
 
 
-def _has_fused_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether torch has a kernel for grouped causal attention that needs no matrix of all scores."""
-    return query.shape[-1] == value.shape[-1] and (query.device.type == "cpu" or query.dtype.itemsize == 2)
+def _is_fused(geometry: AttentionGeometry, length: int, *, device_type: str, itemsize: int) -> bool:
+    """Whether torch has a kernel for this causal attention that needs no matrix of all scores."""
+    window = geometry.sliding_window
+    is_plain = geometry.softcap is None and (window is None or window >= length)
+    has_kernel = geometry.key_size == geometry.value_size and (device_type == "cpu" or itemsize == 2)
+    return is_plain and has_kernel
 
 
 def _prefill_by_query_chunks(
@@ -138,17 +140,25 @@ def _prefill_by_query_chunks(
 
 
 def workspace_bytes(
-    geometry: AttentionGeometry, *, longest_prompt: int, num_decoding: int, num_rows: int, itemsize: int
+    geometry: AttentionGeometry,
+    *,
+    longest_prompt: int,
+    num_decoding: int,
+    num_rows: int,
+    itemsize: int,
+    device_type: str,
 ) -> int:
     """Upper bound of what one call of either function allocates, its result included.
 
-    Prefill: at most four blocks of scores of `_SCORE_BYTES` (or of one query), the packed result, and a
-    copy of the queries. Decode: four blocks of scores in float32 and the result.
+    Prefill: the packed result, a copy of the queries, and the normaliser of each query; without a fused
+    kernel also four blocks of scores of `_SCORE_BYTES` (or of one query). Decode: four blocks of scores in
+    float32, and the result.
     """
     width = geometry.num_query_heads * max(geometry.key_size, geometry.value_size)
     one_query = 4 * geometry.num_query_heads * longest_prompt
-    prefill = 4 * max(one_query, min(_SCORE_BYTES, one_query * longest_prompt))
-    prefill += 2 * longest_prompt * width * itemsize
+    prefill = 2 * longest_prompt * width * itemsize + one_query
+    if not _is_fused(geometry, longest_prompt, device_type=device_type, itemsize=itemsize):
+        prefill += 4 * max(one_query, min(_SCORE_BYTES, one_query * longest_prompt))
     decode = 4 * 4 * num_decoding * geometry.num_query_heads * num_rows + 2 * num_decoding * width * itemsize
     return max(prefill, decode)
 

@@ -58,9 +58,22 @@ class StoredTensor:
     @cached_property
     def scratch_bytes(self) -> int:
         """Temporary bytes while it is decoded on the device."""
-        if self.is_plain:
-            return 0
-        return self.codec.scratch_bytes(self.spec.shape, self.dtype, device_type=self.device_type)
+        return decoding_scratch_bytes(
+            self.codec, self.spec.shape, self.dtype, self.spec.dtype, device_type=self.device_type
+        )
+
+
+def decoding_scratch_bytes(
+    codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, target: torch.dtype, *, device_type: str
+) -> int:
+    """Temporary bytes of decoding values of `dtype` into memory of `target`, from a slab's aligned piece.
+
+    Elements that are only widened, or not changed at all, are copied straight to their place.
+    """
+    resting = codec.dtype if isinstance(codec, Cast) else dtype
+    if isinstance(codec, (Identity, Cast)) and torch.promote_types(resting, target) == target:
+        return 0
+    return codec.scratch_bytes(shape, dtype, device_type=device_type)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ each sequence, reading a sequence reads one run, and a region rests in a device 
 scratch file in the same form.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -17,11 +17,15 @@ from torch import Tensor
 from capstan.codecs import Codec, Identity
 from capstan.generation.attention import AttentionGeometry
 from capstan.generation.batching import BlockShape, Chunk, Work
+from capstan.generation.inventory import decoding_scratch_bytes
 from capstan.generation.placement import Tier
 from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE, HOST_TO_DISK
 from capstan.storage import DiskSlab, Slab
 from capstan.storage.slab import aligned
 from capstan.transport import Lane, Ticket
+
+# So many chunks' new rows may wait in device memory for their way out.
+ROWS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,9 @@ class RowFormat:
             return 0
         decoded = num_rows * self.geometry.cached_elements * self.dtype.itemsize
         scratch = max(
-            self.codec.scratch_bytes((num_rows, *shape), self.dtype, device_type=self.device_type)
+            decoding_scratch_bytes(
+                self.codec, (num_rows, *shape), self.dtype, self.dtype, device_type=self.device_type
+            )
             for shape in (self._key_shape, self._value_shape)
         )
         return decoded + num_rows * self.row_bytes + scratch
@@ -189,6 +195,7 @@ class KeyValueCache:
             for batch in range(len(shape.batches))
         }
         self._stored: dict[tuple[int, int], Ticket] = {}
+        self._leaving: deque[Ticket] = deque()
         self._fetches = 0
         self._arriving: dict[tuple[int, int], tuple[Ticket, Tensor]] = {}
 
@@ -303,13 +310,28 @@ class KeyValueCache:
         if self._tiers[layer] == "device":
             _scatter(self._region_rows(layer, batch), chunk, rows)
             return rows
+        self._let_rows_leave()
         self._stored[layer, batch] = self._lane_out.submit(
             lambda: self._send(layer, batch, chunk, rows), uses=[rows]
         )
+        self._leaving.append(self._stored[layer, batch])
         return rows
+
+    def _let_rows_leave(self) -> None:
+        """Rows stay in device memory until they have been sent: wait while too many still do."""
+        while len(self._leaving) >= ROWS_IN_FLIGHT:
+            self._leaving.popleft().wait_on_host()
 
     def _send(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
         width = self._formats[layer].row_bytes
+        if self._tiers[layer] == "host" and chunk.is_prefill:
+            start = 0
+            for work in chunk.works:  # a prompt's rows lie side by side in its slot
+                target = self._region_rows(layer, batch)[work.slot, work.start : work.end]
+                source = rows[start : start + work.count]
+                self._lane_out.copy(target, source, link=DEVICE_TO_HOST, content="cache")
+                start += work.count
+            return
         staging = self._outgoing[: rows.numel()].view(rows.shape)
         self._lane_out.copy(staging, rows, link=DEVICE_TO_HOST, content="cache")
         self._lane_out.synchronize()

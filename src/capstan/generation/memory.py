@@ -18,7 +18,7 @@ from capstan.errors import DoesNotFit
 from capstan.generation.activations import activation_buffers
 from capstan.generation.attention import workspace_bytes
 from capstan.generation.batching import BlockShape, Length
-from capstan.generation.kv_cache import cache_buffers, region_bytes
+from capstan.generation.kv_cache import ROWS_IN_FLIGHT, cache_buffers, region_bytes
 from capstan.generation.model import Model
 from capstan.generation.placement import Placement, Tier
 from capstan.generation.weights import buffers_for
@@ -161,7 +161,8 @@ def workspace_of(
 def _attention_bytes(model: Model, placement: Placement, shape: BlockShape, extent: Extent) -> int:
     most = 0
     for layout, tier in set(zip(model.formats, placement.cache, strict=True)):
-        on_device = tier == "device" or not placement.host_attention
+        # Where a slice of host memory plays the device, the host's attention works in that slice too.
+        on_device = tier == "device" or not placement.host_attention or layout.device_type == "cpu"
         inside = max(
             workspace_bytes(
                 layout.geometry,
@@ -169,6 +170,7 @@ def _attention_bytes(model: Model, placement: Placement, shape: BlockShape, exte
                 num_decoding=batch.slots if on_device else 0,
                 num_rows=batch.capacity,
                 itemsize=model.anatomy.itemsize,
+                device_type=layout.device_type,
             )
             + (layout.decoded_bytes(batch.slots * batch.capacity) if on_device else 0)
             for batch in shape.batches
@@ -176,7 +178,7 @@ def _attention_bytes(model: Model, placement: Placement, shape: BlockShape, exte
         # New keys and values made contiguous, encoded, and joined to rows.
         elements = extent.chunk_tokens * layout.geometry.cached_elements
         encoding = elements * (model.anatomy.itemsize + (0 if isinstance(layout.codec, Identity) else 16))
-        rows = 2 * extent.chunk_tokens * layout.row_bytes
+        rows = (2 + ROWS_IN_FLIGHT) * extent.chunk_tokens * layout.row_bytes
         # The packed result, and on device=host machines its copy.
         result = 2 * extent.chunk_tokens * layout.geometry.num_query_heads * layout.geometry.value_size
         most = max(most, inside + encoding + rows + result * model.anatomy.itemsize)
@@ -197,6 +199,7 @@ def _host_attention_bytes(model: Model, placement: Placement, shape: BlockShape)
                 num_decoding=batch.slots,
                 num_rows=batch.capacity,
                 itemsize=model.anatomy.itemsize,
+                device_type="cpu",
             )
             + 2
             * batch.slots
