@@ -150,6 +150,15 @@ def test_the_example_in_the_docstring_is_right():
     assert results.failed == 0
 
 
+def test_what_the_solver_misses_an_integer_by_is_rounded_away(monkeypatch):
+    monkeypatch.setattr(
+        "scipy.optimize.milp", lambda **_: SimpleNamespace(x=[1.9999999, 0.4999999], message="")
+    )
+    program = _one_variable()
+    program.variable("share", high=1.0)
+    assert program.minimise({"x": 1}) == {"x": 2.0, "share": 0.4999999}
+
+
 def test_nothing_found_in_time_does_not_fit(monkeypatch):
     monkeypatch.setattr(
         "scipy.optimize.milp", lambda **_: SimpleNamespace(x=None, message="Time limit reached.")
@@ -165,7 +174,8 @@ def _one_variable() -> IntegerProgram:
 
 
 def _chattering(*, c, **_):
-    """A solver that prints from C, past `sys.stdout`."""
+    """A solver that prints from C, past `sys.stdout`, while somebody flushes that."""
+    sys.stdout.flush()
     os.write(1, b"chatter\n")
     return SimpleNamespace(x=[0.0] * len(c), message="")
 
