@@ -28,7 +28,9 @@ def _through(codec: Codec, values: Tensor) -> Tensor:
 
 def _weight_codec(name: str, values: Tensor, bits: int) -> Codec | None:
     """The promise of `take_inventory`, once more: matrices inside layers that have no side below 64 are
-    quantised, every other matrix is stored in 16 bits, vectors stay as they are."""
+    quantised, every other matrix is stored in 16 bits; vectors and positions stay as they are."""
+    if "wpe" in name:
+        return None
     inside = ".layers." in name or ".h." in name
     if bits < 16 and inside and values.dim() >= 2 and min(values.shape[-2:]) >= 64:
         return GroupQuantised(num_bits=bits, group_size=64, scale_dtype=torch.float16)

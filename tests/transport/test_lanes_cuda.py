@@ -48,6 +48,7 @@ def test_a_copy_after_compute_sees_the_computed_values(lanes):
 
 def test_compute_after_wait_sees_the_copied_values(lanes):
     values, host = _on_device(), _pinned(3.0)
+    _ = values * 2  # loads the kernel, which may stop the device the first time
     torch.cuda.synchronize()
     ticket = lanes[0].submit(lambda: (torch.cuda._sleep(LONG_CYCLES), _copy(lanes[0], values, host)))
     ticket.wait()

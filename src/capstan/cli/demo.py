@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from capstan.cli.generate import generate
+from capstan.cli.generate import generate, quieten_transformers
 from capstan.cli.progress import show_progress
+from capstan.errors import require_extra
 
 if TYPE_CHECKING:
     from capstan.generation import Score
@@ -33,12 +34,10 @@ def demo(folder: FolderOption = Path("demo")) -> None:
     budgets so small that its weights lie on the device, the host and the disk and its KV cache on the host,
     at 16 and at 4 bits, and compares what the bits cost in perplexity.
     """
-    from transformers.utils import logging as transformers_logging
-
+    require_extra("generation", "torch", "transformers", "tokenizers")
     from capstan.cli import demo_model
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quieten_transformers()
     output = Console(highlight=False)
     folder.mkdir(parents=True, exist_ok=True)
     texts = demo_model.corpus()

@@ -115,6 +115,7 @@ def generate(
     from capstan.plans import explain as explain_plan
 
     errors = Console(stderr=True, highlight=False)
+    quieten_transformers()
     if output is None and not explain:
         raise UsageError("Say where the answers go with --output, or ask only for the plan with --explain.")
     with errors.status("opening the model") if errors.is_terminal else nullcontext():
@@ -163,6 +164,14 @@ def generate(
     if report.plan is not None and report.trace is not None:
         typer.echo(compare(report.plan, report.trace))
     typer.echo(_summary(report, output))
+
+
+def quieten_transformers() -> None:
+    """Its advice is for people who call it themselves; errors still come through."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _report_bad_lines(batch: "BatchFile", errors: Console) -> None:

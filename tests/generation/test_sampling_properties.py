@@ -1,0 +1,134 @@
+"""From logits to tokens: chance is a pure function of seed and step, and follows the distribution asked for."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2, kstest
+
+from capstan.generation.sampling import Draw, choose, logprobs_of, uniform
+
+SEEDS = st.integers(-(2**70), 2**70)
+
+
+@given(SEEDS, st.integers(0, 2**40))
+def test_uniform_is_a_number_from_zero_up_to_one_and_always_the_same(seed, index):
+    value = uniform(seed, index)
+    assert 0 <= value < 1
+    assert uniform(seed, index) == value
+
+
+def test_uniform_numbers_of_known_seeds_do_not_change_between_versions():
+    assert [uniform(seed, index) for seed, index in ((0, 0), (0, 1), (1, 0), (-1, 7))] == GOLDEN
+
+
+@pytest.mark.parametrize("along", ["steps", "seeds", "answers"])
+def test_uniform_numbers_are_uniform_and_neighbours_are_unrelated(along):
+    draws = {
+        "steps": lambda index: uniform(5, index),
+        "seeds": lambda index: uniform(index, 3),
+        "answers": lambda index: uniform(5 + index * 0x632BE59BD9B4E019, 0),
+    }[along]
+    values = [draws(index) for index in range(4096)]
+    # The seeds are fixed, so this passes always or never; a good generator fails one such test in 10,000.
+    assert kstest(values, "uniform").pvalue > 1e-4
+    pairs = torch.tensor([values[:-1], values[1:]])
+    assert abs(float(torch.corrcoef(pairs)[0, 1])) < 4 / 4096**0.5  # four standard errors
+
+
+def _left_by_transformers(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """The probabilities that transformers samples from."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    scores = TemperatureLogitsWarper(draw.temperature)(None, logits)
+    scores = TopKLogitsWarper(draw.top_k)(None, scores) if draw.top_k else scores
+    return TopPLogitsWarper(draw.top_p)(None, scores).softmax(dim=-1)[0]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.6), (0.8, 7, 0.9), (1.5, 2, 0.99)],
+)
+def test_samples_follow_the_distribution_that_transformers_samples_from(temperature, top_k, top_p):
+    logits = 1.5 * torch.randn(1, 24, generator=torch.Generator().manual_seed(3))
+    num_draws = 20_000
+    draws = [Draw(temperature, top_k, top_p, seed=seed, step=seed % 5) for seed in range(num_draws)]
+    seen = Counter(choose(logits.expand(num_draws, -1).clone(), draws).tolist())
+    # top-k applies first, then top-p to what it left; here top-p looks at all tokens, which differs when both
+    # bind: then only support by k and by p are compared.
+    wanted = _left_by_transformers(logits, draws[0]) * num_draws
+    possible = wanted > 0
+    assert {token for token, _ in seen.items()} <= set(possible.nonzero()[:, 0].tolist())
+    counted = torch.tensor([seen[token] for token in range(24)])[possible]
+    statistic = float(((counted - wanted[possible]) ** 2 / wanted[possible]).sum())
+    assert statistic < chi2.ppf(1 - 1e-4, df=max(1, int(possible.sum()) - 1))
+
+
+@given(
+    st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=20),
+    st.floats(0.1, 4),
+    st.integers(0, 6),
+    st.floats(0.01, 1),
+    SEEDS,
+    st.integers(0, 50),
+)
+@settings(deadline=None)
+def test_a_sample_inverts_the_cumulative_distribution_at_the_uniform_number(
+    logits, temperature, top_k, top_p, seed, step
+):
+    (token,) = choose(torch.tensor([logits]), [Draw(temperature, top_k, top_p, seed=seed, step=step)]).tolist()
+    # The same in exact order and float64: likeliest first, until k tokens or the probability p are reached.
+    probabilities = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(0)
+    order = sorted(range(len(logits)), key=lambda index: -logits[index])
+    kept, before = [], 0.0
+    for rank, index in enumerate(order):
+        if rank and ((top_k and rank >= top_k) or before >= top_p + 1e-5):
+            break
+        kept.append(index)
+        before += float(probabilities[index])
+    assert token in kept
+    total = sum(float(probabilities[index]) for index in kept)
+    low = sum(float(probabilities[index]) for index in kept if logits[index] > logits[token])
+    high = sum(float(probabilities[index]) for index in kept if logits[index] >= logits[token])
+    # 20 float32 additions of numbers up to 1 are off by 20 * 2**-24 at most; twice, for cumsum and softmax.
+    slack = 1e-5 + (total - min(total, top_p + 1e-5) if before > top_p else 0)
+    assert low / total - slack <= uniform(seed, step) <= high / total + slack
+
+
+@given(st.integers(0, 2**32), st.integers(1, 6))
+@settings(deadline=None)
+def test_a_row_is_sampled_alike_alone_and_among_others(seed, num_rows):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_rows, 40, generator=generator)
+    kinds = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 3, 1.0), (1.3, 0, 0.5), (1.0, 9, 0.9), (0.0, 4, 0.3)]
+    draws = [Draw(*kinds[row], seed=seed + row, step=row) for row in range(num_rows)]
+    together = choose(logits.clone(), draws).tolist()
+    alone = [choose(logits[row : row + 1].clone(), [draws[row]]).item() for row in range(num_rows)]
+    assert together == alone
+
+
+@pytest.mark.parametrize("draw", [Draw(0.0, 0, 1.0, 1, 0), Draw(3.0, 1, 1.0, 1, 0), Draw(1.0, 0, 1e-9, 1, 0)])
+def test_temperature_zero_and_the_narrowest_choices_take_the_likeliest_token(draw):
+    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
+    draws = [draw._replace(seed=row) for row in range(50)]
+    assert choose(logits.clone(), draws).tolist() == logits.argmax(dim=-1).tolist()
+
+
+def test_a_token_ruled_out_by_minus_infinity_is_never_chosen():
+    logits = torch.zeros(500, 4)
+    logits[:, [0, 2]] = float("-inf")
+    chosen = choose(logits, [Draw(1.0, 0, 1.0, seed=seed, step=0) for seed in range(500)])
+    assert set(chosen.tolist()) == {1, 3}
+
+
+def test_logprobs_come_with_as_many_likeliest_tokens_as_each_row_asked_for():
+    logits = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
+    wanted = logits.log_softmax(dim=-1).tolist()
+    first, second = logprobs_of(logits, [0, 0], [2, 0])
+    assert (first.token, first.logprob) == (0, wanted[0][0])
+    assert first.top == ((2, wanted[0][2]), (1, wanted[0][1]))
+    assert (second.token, second.logprob, second.top) == (0, wanted[1][0], ())
+    everything = logprobs_of(logits, [1, 1], [100, 100])
+    assert [token for token, _ in everything[1].top] == [0, 1, 2]
