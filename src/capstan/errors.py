@@ -53,12 +53,19 @@ class TimeoutExpired(CapstanError):
 
 def require_extra(extra: str, *modules: str) -> None:
     """Raise `MissingExtra`, naming what to install, unless every module can be imported."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    missing = [name for name in modules if not _can_import(name)]
     if missing:
         raise MissingExtra(
             f"This needs {', '.join(missing)}, which is not installed. "
             f"Install it with: pip install 'capstan-ml[{extra}]'"
         )
+
+
+def _can_import(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that would contain it
+        return False
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:

@@ -1,6 +1,7 @@
 """Tiny random models of every family, what transformers answers with them, and engines over them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from capstan.generation import Engine, Request
+from capstan.generation import Engine, Request, plan_for
 from capstan.generation.batching import BlockShape, Length, shape_for
+from capstan.generation.placement import Tier, parse_wish
 from capstan.generation.planner import Planner
 from capstan.hardware import Device, Link, Machine
 
@@ -66,6 +68,9 @@ _PLACEMENTS = {
 }
 # Slots in a batch, batches. Five sequences wait, so the last shape refills its slots again and again.
 _SHAPES = {"one-batch": (5, 1), "several-batches": (2, 3), "refilled-slots": (1, 2)}
+
+
+AMPLE: Mapping[Tier, int] = {"device": 100 << 20, "host": 100 << 20, "disk": 100 << 20}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -141,6 +146,37 @@ def model_folder(family_config: Callable[..., Any], save_model: Callable[..., Pa
     return cache(lambda name: save_model(family_config(name)))
 
 
+@pytest.fixture(scope="session")
+def text_model(family_config: Callable[..., Any], save_model: Callable[..., Path]) -> Path:
+    """A tiny Llama with a tokenizer of its own, whose every token but the special ones is readable text.
+
+    `<s>` (0) begins every text, `</s>` (1) ends an answer.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=96, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(
+        [
+            "a capstan lets a small crew haul a great anchor out of the sea",
+            "the crew walks round and round and the rope comes in hand over hand",
+            "one rope and eight bars make a small crew as strong as a great one",
+        ],
+        trainer,
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    folder = save_model(
+        family_config("llama", vocab_size=tokenizer.get_vocab_size(), bos_token_id=0, eos_token_id=1)
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder
+    )
+    return folder
+
+
 class Reference:
     """What transformers computes, one sequence at a time, in float32 on the processor."""
 
@@ -196,7 +232,7 @@ def requests() -> list[Request]:
             prompt=torch.randint(1, VOCABULARY, (num_prompt,), generator=generator).tolist(),
             max_tokens=num_new,
         )
-        for num_prompt, num_new in ((5, 4), (17, 2), (9, 5), (12, 3), (3, 4))
+        for num_prompt, num_new in ((5, 3), (17, 2), (9, 4), (12, 3), (3, 3))
     ]
 
 
@@ -271,6 +307,32 @@ def open_engine(machine: Machine, scratch: Path) -> Callable[..., Engine]:
         return Engine.open(folder, **defaults | settings)
 
     return open_engine
+
+
+@pytest.fixture(scope="session")
+def start_engine(
+    model_folder: Callable[[str], Path], machine: Machine, scratch: Path
+) -> Callable[..., Engine]:
+    """`start_engine(family, place=..., budgets=..., lengths=...)`: an engine whose model was opened before.
+
+    `Engine.open` finds out the same facts about the same model every time, which takes most of its time.
+    """
+
+    @cache
+    def planner(name: str) -> Planner:
+        return plan_for(model_folder(name), machine=machine, device="cpu")[0]
+
+    def start_engine(
+        name: str,
+        *,
+        place: Sequence[str] = (),
+        budgets: Mapping[Tier, int] = AMPLE,
+        lengths: Sequence[Length] = (Length(prompt=17, new=6),),
+    ) -> Engine:
+        asked = replace(planner(name), budgets=budgets, wish=parse_wish(place))
+        return Engine.start(asked, asked.plan(lengths), torch.device("cpu"), disk_folder=scratch)
+
+    return start_engine
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Whatever lies where and whatever is computed together, the answers are those of transformers."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -9,10 +8,8 @@ from capstan.generation import Engine, Request
 
 
 @pytest.fixture(scope="module")
-def engine(
-    family: str, place: list[str], model_folder: Callable[[str], Path], open_engine: Callable[..., Engine]
-) -> Iterator[Engine]:
-    with open_engine(model_folder(family), place=place) as engine:
+def engine(family: str, place: list[str], start_engine: Callable[..., Engine]) -> Iterator[Engine]:
+    with start_engine(family, place=place) as engine:
         yield engine
 
 

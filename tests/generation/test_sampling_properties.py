@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2, kstest
 
@@ -21,7 +21,12 @@ def test_uniform_is_a_number_from_zero_up_to_one_and_always_the_same(seed, index
 
 
 def test_uniform_numbers_of_known_seeds_do_not_change_between_versions():
-    assert [uniform(seed, index) for seed, index in ((0, 0), (0, 1), (1, 0), (-1, 7))] == GOLDEN
+    assert [uniform(seed, index) for seed, index in ((0, 0), (0, 1), (1, 0), (-1, 7))] == [
+        0.5079605879681605,
+        0.4224192380508798,
+        0.17601256256594233,
+        0.8721947033883335,
+    ]
 
 
 @pytest.mark.parametrize("along", ["steps", "seeds", "answers"])
@@ -49,19 +54,18 @@ def _left_by_transformers(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.6), (0.8, 7, 0.9), (1.5, 2, 0.99)],
+    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.6), (0.8, 7, 0.7)],
 )
 def test_samples_follow_the_distribution_that_transformers_samples_from(temperature, top_k, top_p):
     logits = 1.5 * torch.randn(1, 24, generator=torch.Generator().manual_seed(3))
     num_draws = 20_000
     draws = [Draw(temperature, top_k, top_p, seed=seed, step=seed % 5) for seed in range(num_draws)]
     seen = Counter(choose(logits.expand(num_draws, -1).clone(), draws).tolist())
-    # top-k applies first, then top-p to what it left; here top-p looks at all tokens, which differs when both
-    # bind: then only support by k and by p are compared.
     wanted = _left_by_transformers(logits, draws[0]) * num_draws
     possible = wanted > 0
     assert {token for token, _ in seen.items()} <= set(possible.nonzero()[:, 0].tolist())
     counted = torch.tensor([seen[token] for token in range(24)])[possible]
+    # The seeds are fixed, so this passes always or never; a right sampler fails one case in 10,000.
     statistic = float(((counted - wanted[possible]) ** 2 / wanted[possible]).sum())
     assert statistic < chi2.ppf(1 - 1e-4, df=max(1, int(possible.sum()) - 1))
 
@@ -69,32 +73,28 @@ def test_samples_follow_the_distribution_that_transformers_samples_from(temperat
 @given(
     st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=20),
     st.floats(0.1, 4),
-    st.integers(0, 6),
-    st.floats(0.01, 1),
+    st.one_of(st.tuples(st.integers(0, 6), st.just(1.0)), st.tuples(st.just(0), st.floats(0.01, 1))),
     SEEDS,
     st.integers(0, 50),
 )
 @settings(deadline=None)
 def test_a_sample_inverts_the_cumulative_distribution_at_the_uniform_number(
-    logits, temperature, top_k, top_p, seed, step
+    logits, temperature, choice, seed, step
 ):
-    (token,) = choose(torch.tensor([logits]), [Draw(temperature, top_k, top_p, seed=seed, step=step)]).tolist()
-    # The same in exact order and float64: likeliest first, until k tokens or the probability p are reached.
-    probabilities = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(0)
-    order = sorted(range(len(logits)), key=lambda index: -logits[index])
-    kept, before = [], 0.0
-    for rank, index in enumerate(order):
-        if rank and ((top_k and rank >= top_k) or before >= top_p + 1e-5):
-            break
-        kept.append(index)
-        before += float(probabilities[index])
-    assert token in kept
-    total = sum(float(probabilities[index]) for index in kept)
-    low = sum(float(probabilities[index]) for index in kept if logits[index] > logits[token])
-    high = sum(float(probabilities[index]) for index in kept if logits[index] >= logits[token])
-    # 20 float32 additions of numbers up to 1 are off by 20 * 2**-24 at most; twice, for cumsum and softmax.
-    slack = 1e-5 + (total - min(total, top_p + 1e-5) if before > top_p else 0)
-    assert low / total - slack <= uniform(seed, step) <= high / total + slack
+    top_k, top_p = choice
+    (token,) = choose(torch.tensor([logits]), [Draw(temperature, top_k, top_p, seed, step)]).tolist()
+    # The same in float64: likeliest first, until k tokens or the probability p are reached.
+    ordered = torch.tensor(sorted(logits, reverse=True), dtype=torch.float64)
+    cumulative = (ordered / temperature).softmax(0).cumsum(0)
+    reached = [0.0, *cumulative.tolist()[:-1]]
+    # 20 float32 additions of numbers up to 1 are off by 20 * 2**-24 = 1.2e-6 at most; closer than 1e-5 to an
+    # edge, both neighbours are right.
+    assume(all(abs(before - top_p) > 1e-5 for before in reached[1:]))
+    num_kept = min(top_k or len(logits), sum(before < top_p for before in reached))
+    target = uniform(seed, step) * float(cumulative[num_kept - 1])
+    assume(all(abs(edge - target) > 1e-5 for edge in cumulative[: num_kept - 1].tolist()))
+    place = sum(edge <= target for edge in cumulative[: num_kept - 1].tolist())
+    assert logits[token] == ordered[place]
 
 
 @given(st.integers(0, 2**32), st.integers(1, 6))

@@ -15,6 +15,8 @@ from capstan.cli.generate import generate
 from capstan.cli.probe import probe
 from capstan.errors import CapstanError
 
+__all__ = ["app", "main"]
+
 app = typer.Typer(
     name="capstan",
     help="Run, train and judge big models on the hardware that you have. Every verb plans before it runs: "

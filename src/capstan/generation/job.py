@@ -104,9 +104,11 @@ class Job:
             try:
                 yield from self._run_block(shape)
                 return
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, DoesNotFit) as error:
                 smaller = shape.halved()
                 if smaller is None:
+                    if isinstance(error, DoesNotFit):
+                        raise
                     raise DoesNotFit(
                         f"{self._device} ran out of memory with a single sequence: {error}. "
                         "Lower --device-memory, or end what else runs there."

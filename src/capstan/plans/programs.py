@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
+from threading import Lock
 
 import numpy as np
 
@@ -14,17 +15,22 @@ from capstan.errors import DoesNotFit
 Terms = Mapping[str, float]
 
 
+# File descriptors belong to the whole process: one solver at a time moves them.
+_DESCRIPTOR = Lock()
+
+
 @contextmanager
 def _solver_speaks_on_standard_error() -> Iterator[None]:
     """HiGHS 1.12 prints a debugging line straight to file descriptor 1, where a command's JSON belongs."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+    with _DESCRIPTOR:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        try:
+            os.dup2(2, 1)
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 @dataclass

@@ -59,7 +59,8 @@ def _choices_table(plan: Plan) -> Table:
 def _phases_table(plan: Plan) -> Table:
     table = _table("phase", "resource", "bytes", "predicted", "share")
     for phase in plan.phases:
-        speed = f"  ({phase.num_tokens / phase.seconds:,.1f} tokens/s)" if phase.seconds else ""
+        has_speed = phase.num_tokens and phase.seconds
+        speed = f"  ({phase.num_tokens / phase.seconds:,.1f} tokens/s)" if has_speed else ""
         table.add_row(phase.name, "wall time" + speed, "", seconds_text(phase.seconds), "")
         for resource, seconds in sorted(phase.busy_s.items()):
             size = phase.traffic.on(resource)
@@ -92,5 +93,13 @@ def _table(*columns: str) -> Table:
 
 def _text(*parts: RenderableType) -> str:
     stream = StringIO()
-    Console(file=stream, width=_WIDTH, color_system=None, highlight=False).print(Group(*parts))
+    Console(
+        file=stream,
+        width=_WIDTH,
+        color_system=None,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        force_jupyter=False,
+    ).print(Group(*parts))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"

@@ -1,9 +1,11 @@
 """Sizes and durations between people and programs."""
 
 import re
+from fractions import Fraction
 
 from capstan.errors import UsageError
 
+_MOST_DIGITS = 40
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1024**_power, f"{_letter}ib": 1024**_power, f"{_letter}b": 1000**_power}
@@ -18,9 +20,9 @@ def parse_bytes(text: str | int) -> int:
     if isinstance(text, int):
         text = str(text)
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS:
-        raise UsageError(f"{text!r} is not a size; write for example 64MiB, 1.5GiB or 2GB.")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    if match is None or match[2].lower() not in _UNITS or len(match[1]) > _MOST_DIGITS:
+        raise UsageError(f"{text[:40]!r} is not a size; write for example 64MiB, 1.5GiB or 2GB.")
+    return int(Fraction(match[1]) * _UNITS[match[2].lower()])
 
 
 def bytes_text(size_bytes: float) -> str:

@@ -22,7 +22,7 @@ class Traffic:
         object.__setattr__(self, "size_bytes", MappingProxyType(kept))
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(Counter(self.size_bytes) + Counter(other.size_bytes))
+        return Traffic.total((self, other))
 
     def __sub__(self, other: "Traffic") -> "Traffic":
         difference = Counter(self.size_bytes)

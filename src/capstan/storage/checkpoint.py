@@ -59,9 +59,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tensors: Mapping[str, TensorRange] = {
-            entry.name: entry for file in _shards(folder) for entry in _header(file)
-        }
+        self.tensors: Mapping[str, TensorRange] = _all_tensors(folder)
         self._open: dict[Path, FileRanges] = {}
 
     @property
@@ -74,7 +72,7 @@ class Checkpoint:
         entry = self.tensors[name]
         assert start + target.numel() <= entry.size_bytes, f"{name}: range beyond the tensor"
         if entry.file not in self._open:
-            self._open[entry.file] = FileRanges(os.open(entry.file, os.O_RDONLY), str(entry.file))
+            self._open[entry.file] = FileRanges(_opened(entry.file), str(entry.file))
         self._open[entry.file].read(entry.offset + start, target)
 
     def close(self) -> None:
@@ -90,13 +88,22 @@ class Checkpoint:
         self.close()
 
 
-def _shards(folder: Path) -> list[Path]:
+def _opened(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be opened: {error.strerror}. Put it back, or download it."
+        ) from error
+
+
+def _all_tensors(folder: Path) -> dict[str, TensorRange]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return _indexed_shards(index)
+        return _indexed_tensors(index)
     single = folder / "model.safetensors"
-    if single.exists():
-        return [single]
+    if single.is_file():
+        return {entry.name: entry for entry in _header(single)}
     found = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else "no such folder"
     raise InputError(
         f"{folder} has neither model.safetensors nor model.safetensors.index.json (found: {found}). "
@@ -105,22 +112,34 @@ def _shards(folder: Path) -> list[Path]:
     )
 
 
-def _indexed_shards(index: Path) -> list[Path]:
+def _indexed_tensors(index: Path) -> dict[str, TensorRange]:
+    """Every tensor that the index names, from the shard that it names for it."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{index} is not an index of shards: {error!r}. Download it again.") from error
-    escaping = [name for name in names if Path(name).name != name]
+        weight_map = {
+            str(name): str(shard) for name, shard in json.loads(index.read_text())["weight_map"].items()
+        }
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
+        raise InputError(
+            f"{index} is not an index of shards: {type(error).__name__}. Download it again."
+        ) from error
+    shards = sorted(set(weight_map.values()))
+    escaping = [shard for shard in shards if shard in ("", ".", "..") or Path(shard).name != shard]
     if escaping:
         raise InputError(f"{index} names shards outside its own folder: {escaping[0]!r}. It is refused.")
-    missing = [name for name in names if not (index.parent / name).exists()]
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise InputError(
-            f"{index.parent} lacks {len(missing)} of the {len(names)} shards that its index names: "
+            f"{index.parent} lacks {len(missing)} of the {len(shards)} shards that its index names: "
             f"{', '.join(missing[:4])}. Download the missing files."
         )
-    return [index.parent / name for name in names]
+    found = {(shard, entry.name): entry for shard in shards for entry in _header(index.parent / shard)}
+    absent = [name for name, shard in weight_map.items() if (shard, name) not in found]
+    if absent:
+        raise InputError(
+            f"{index} says that {weight_map[absent[0]]} holds {absent[0]!r}, and it does not. "
+            "Index and shards do not belong together: download them again."
+        )
+    return {name: found[shard, name] for name, shard in weight_map.items()}
 
 
 def _header(file: Path) -> list[TensorRange]:
@@ -135,15 +154,37 @@ def _header(file: Path) -> list[TensorRange]:
         try:
             header = json.loads(stream.read(length))
             entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{file} has a damaged header: {error}. Download it again.") from error
-    return [_tensor_range(file, 8 + length, file_bytes, name, entry) for name, entry in entries]
+    ranges = [_tensor_range(file, 8 + length, file_bytes, name, entry) for name, entry in entries]
+    _require_no_gaps(file, ranges, 8 + length, file_bytes)
+    return ranges
+
+
+def _require_no_gaps(file: Path, ranges: list[TensorRange], data_start: int, file_bytes: int) -> None:
+    """The format lays tensors side by side and fills the file: anything else hides bytes or shares them."""
+    end = data_start
+    for entry in sorted(ranges, key=lambda each: (each.offset, each.size_bytes)):
+        if entry.offset != end:
+            raise InputError(
+                f"{file}: {entry.name!r} begins at byte {entry.offset:,} where the tensor before it ends at "
+                f"{end:,}. The file is damaged: download it again."
+            )
+        end += entry.size_bytes
+    if end != file_bytes:
+        raise InputError(f"{file} has {file_bytes:,} bytes, its tensors end at {end:,}. Download it again.")
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int:
+        raise TypeError(f"a whole number was wanted, found {number!r}")
+    return number
 
 
 def _tensor_range(file: Path, data_start: int, file_bytes: int, name: str, entry: Any) -> TensorRange:
     try:
-        shape = tuple(int(size) for size in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
+        shape = tuple(map(_whole, entry["shape"]))
+        begin, end = map(_whole, entry["data_offsets"])
         dtype_name = str(entry["dtype"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: the header's entry for {name!r} is damaged: {error!r}.") from error

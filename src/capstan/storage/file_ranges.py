@@ -66,9 +66,11 @@ class FileRanges:
             offset, view = offset + count, view[count:]
 
     def close(self) -> None:
-        """Close the file; running requests end first."""
+        """Close the file; running requests end first. Closing again does nothing."""
         self._pool.shutdown(wait=True)
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def _requests(size_bytes: int) -> Iterator[tuple[int, int]]:

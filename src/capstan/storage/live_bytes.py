@@ -22,7 +22,9 @@ class LiveBytes(TorchDispatchMode):
         self._known: WeakKeyDictionary[torch.UntypedStorage, Any] = WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors((args, kwargs)):
+        # torch.tensor(…) makes its storage outside of dispatch and lifts it in by this operation.
+        is_new = func is torch.ops.aten.lift_fresh.default
+        for tensor in () if is_new else _tensors((args, kwargs)):
             self._known.setdefault(tensor.untyped_storage(), None)
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):

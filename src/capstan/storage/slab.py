@@ -28,9 +28,9 @@ class Slab:
         self.name = name
         self.size_bytes = size_bytes
         self.used_bytes = 0
-        self._pinned = pinned and size_bytes > 0
+        self._pinned = pinned and size_bytes > 0 and torch.cuda.is_available()
         self.bytes = (
-            _host_bytes(size_bytes) if device.type == "cpu" else _device_bytes(name, size_bytes, device)
+            _host_bytes(name, size_bytes) if device.type == "cpu" else _device_bytes(name, size_bytes, device)
         )
         if self._pinned:
             _register(name, self.bytes)
@@ -61,13 +61,16 @@ class Slab:
         self.close()
 
 
-def _host_bytes(size_bytes: int) -> torch.Tensor:
+def _host_bytes(name: str, size_bytes: int) -> torch.Tensor:
     if size_bytes == 0:
         return torch.empty(0, dtype=torch.uint8)
     try:
         mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise DoesNotFit(f"The host has no {size_bytes:,} bytes of memory left: {error.strerror}.") from error
+        raise DoesNotFit(
+            f"The host has no {size_bytes:,} bytes of memory left for {name!r}: {error.strerror}. "
+            "Lower --host-memory, or end what else runs there."
+        ) from error
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 

@@ -7,7 +7,6 @@ own; order between streams is kept by events, never by stopping the device.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from typing import Self
 
@@ -30,7 +29,9 @@ class Ticket:
     def _issued(self) -> torch.cuda.Event | None:
         try:
             return self._future.result(timeout=_PATIENCE_S)
-        except FutureTimeout:
+        except TimeoutError:
+            if self._future.done():  # the task's own error, not this wait's
+                raise
             raise TimeoutExpired(
                 f"The lane {self._lane!r} did not finish a copy within {_PATIENCE_S:.0f} s: "
                 "is the disk or the device still alive?"
@@ -85,9 +86,10 @@ class Lane:
         return self._last
 
     def check(self) -> None:
-        """Raise what an earlier task raised, also if nobody waits for that task."""
-        if self._failure is not None:
-            raise self._failure
+        """Raise what an earlier task raised, once, also if nobody waits for that task."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def drain(self) -> None:
         """Wait until everything submitted so far has taken effect; raise what any of it raised."""

@@ -1,0 +1,42 @@
+"""kill -9 at any moment: the same command goes on, and every request is answered once."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+KILLS = 20
+
+
+def test_a_job_killed_twenty_times_answers_every_request_once(
+    model: Path,
+    environment: Mapping[str, str],
+    write_requests: Callable[..., None],
+    read_lines: Callable[[Path], list[dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    requests, folder = tmp_path / "requests.jsonl", tmp_path / "out"
+    folder.mkdir()
+    write_requests(requests, 60, lambda index: 20 + (11 * index) % 41)
+    place = "weights=device:0.4,host:0.3,disk:0.3 cache=host attention=host activations=device"
+    command = ["generate", "--model", str(model), "--input", str(requests), "--device", "cpu"]
+    command += ["--device-memory", "3MiB", "--host-memory", "1MiB", "--place", place]
+    driver = [sys.executable, str(Path(__file__).with_name("kill_driver.py")), "7", str(KILLS), str(folder)]
+    done = subprocess.run(
+        [*driver, *command], env=dict(environment), capture_output=True, text=True, check=False
+    )
+    log = (folder / "log").read_text() if (folder / "log").exists() else ""
+    assert done.returncode == 0, done.stderr + log
+    report = json.loads(done.stdout); print(report["codes"], report["sizes"], report["seconds"])
+
+    assert report["codes"].count(-signal.SIGKILL) == KILLS
+    assert set(report["codes"]) <= {-signal.SIGKILL, 0}, log
+    whole = {line["custom_id"]: line for line in read_lines(Path(report["whole"]))}
+    assert len(whole) == 60
+    for output in report["outputs"]:
+        lines = read_lines(Path(output))
+        assert sorted(line["custom_id"] for line in lines) == sorted(whole)
+        assert {line["custom_id"]: line for line in lines} == whole
