@@ -1,6 +1,6 @@
-"""Run every test that needs a CUDA device, and record how it went: CI has none, so this says when they passed.
+"""Run every test that needs a CUDA device, and record how it went: CI has none.
 
-    python benchmarks/generation/gpu_tests.py --record generation-parity-h200
+python benchmarks/generation/gpu_tests.py --record generation-parity-h200
 """
 
 import argparse
@@ -12,9 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from record import write_record
-
 from capstan.hardware import this_machine
+from record import RECORDS, write_record
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,8 +22,9 @@ def run_tests() -> dict[str, Counter[str]]:
     """Outcomes by test file."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", f"--junitxml={report}"]
-        subprocess.run(command, cwd=ROOT, check=False)
+        # Warnings are errors only for the pinned versions: where the GPU is, others may be installed.
+        options = ["-m", "gpu", "-q", "-W", "default", "--tb=short", f"--junitxml={report}"]
+        subprocess.run([sys.executable, "-m", "pytest", "tests", *options], cwd=ROOT, check=False)
         outcomes: dict[str, Counter[str]] = {}
         for case in ElementTree.parse(report).iter("testcase"):
             kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
@@ -36,6 +36,7 @@ def run_tests() -> dict[str, Counter[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--record", default=None, help="name of the record to write")
+    parser.add_argument("--folder-of-records", type=Path, default=RECORDS)
     options = parser.parse_args()
     outcomes = run_tests()
     passed = sum(count["passed"] for count in outcomes.values())
@@ -49,6 +50,7 @@ def main() -> int:
             figures={"passed": {"value": passed, "unit": "tests"}, "run": {"value": total, "unit": "tests"}},
             bound={"formula": "all of them", "value": total},
             bars={"all pass": {"goal": total, "reached": passed, "holds": passed == total}},
+            folder=options.folder_of_records,
             outcomes={name: dict(count) for name, count in outcomes.items()},
         )
     return 0 if passed == total else 1

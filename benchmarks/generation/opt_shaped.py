@@ -20,7 +20,7 @@ from capstan.generation import Engine, Request
 from capstan.generation.batching import Length
 from capstan.hardware import this_machine
 from capstan.plans import compare, explain
-from record import write_record
+from record import RECORDS, write_record
 
 SHAPES = {
     "125m": (768, 3072, 12, 12),
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--record", default=None, help="name of the record to write")
+    parser.add_argument("--folder-of-records", type=Path, default=RECORDS)
     options = parser.parse_args()
 
     folder = options.folder or Path(f"/tmp/opt-{options.size}")
@@ -146,6 +147,7 @@ def main() -> None:
                 }
                 for name in plan.peak_bytes
             },
+            folder=options.folder_of_records,
             plan=plan.to_dict(),
             trace=trace.to_dict(),
         )

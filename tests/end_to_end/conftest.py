@@ -12,10 +12,10 @@ import pytest
 from capstan.hardware import Device, Link, Machine
 from capstan.hardware.profile import profile_path, save_profile
 
-_WORDS = (
+_TEXT = (
     "a capstan turns and hauls the anchor up while sailors sing the same old song of wind and water "
     "ropes over wooden decks under grey skies until every ship in the harbour has its sails set for home"
-).split()
+)
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator([" ".join(_WORDS)], trainer)
+    tokenizer.train_from_iterator([_TEXT], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
 
@@ -110,9 +110,9 @@ def write_requests() -> Callable[..., None]:
     """`write_requests(path, count, max_tokens)`: requests of many lengths, `request-0`, `request-1`, …"""
 
     def write_requests(path: Path, count: int, max_tokens: Callable[[int], int], **settings: Any) -> None:
-        lines = []
+        lines, known = [], _TEXT.split()
         for index in range(count):
-            words = [_WORDS[(5 * index + step) % len(_WORDS)] for step in range(1 + (7 * index) % 13)]
+            words = [known[(5 * index + step) % len(known)] for step in range(1 + (7 * index) % 13)]
             body = {"prompt": " ".join(words), "max_tokens": max_tokens(index), **settings}
             lines.append(json.dumps({"custom_id": f"request-{index}", "body": body}))
         path.write_text("\n".join(lines) + "\n")

@@ -1,7 +1,7 @@
 """Runs one batch job again and again and kills it, from a process in which everything is imported.
 
 Arguments: seed, kills wanted, folder for outputs, then the words of the command, without --output.
-Prints one JSON object: for each attempt how far it came, and for each output whether it is finished.
+Prints one JSON object: the outputs, one of a job that nobody disturbed, and every exit code.
 A process of its own, because a fork is safe only while no other thread runs.
 """
 
@@ -48,6 +48,11 @@ def size_of(output: Path) -> int:
     return output.stat().st_size if output.exists() else 0
 
 
+def lines_of(output: Path) -> list[bytes]:
+    """The whole lines."""
+    return output.read_bytes().split(b"\n")[:-1] if output.exists() else []
+
+
 def attempt(words: list[str], output: Path, *, wait_for_write: bool, delay_s: float) -> int:
     """Run until killed after `delay_s`, from the start or from the first write, or until it ends."""
     before = size_of(output)
@@ -68,45 +73,28 @@ def drive(seed: int, wanted: int, folder: Path, words: list[str]) -> dict[str, o
     chance = random.Random(seed)
     whole = folder / "whole.jsonl"
     start_s = time.monotonic()
-    child = start(words, whole)
-    first_s = None
+    child, first_s = start(words, whole), 0.0
     while (code := ended(child)) is None:
-        if first_s is None and size_of(whole):
+        if not first_s and size_of(whole):
             first_s = time.monotonic() - start_s
         time.sleep(0.0005)
     all_s = time.monotonic() - start_s
-    assert code == 0, (folder / "log").read_text()
-    assert first_s is not None
-    codes: list[int] = []
-    outputs: list[str] = []
-    sizes: list[int] = []
+    codes = [code]
+    outputs: list[Path] = []
     # A job that ends before it was killed often enough is followed by another one.
     while codes.count(-signal.SIGKILL) < wanted:
-        output = folder / f"killed-{len(outputs)}.jsonl"
-        outputs.append(str(output))
+        outputs.append(folder / f"killed-{len(outputs)}.jsonl")
         while codes.count(-signal.SIGKILL) < wanted:
-            wait_for_write = bool(len(codes) % 2)
             # While it loads, plans and prefills; then while it sweeps and writes.
-            longest_s = (all_s - first_s) / 6 if wait_for_write else 1.1 * first_s
-            codes.append(
-                attempt(
-                    words, output, wait_for_write=wait_for_write, delay_s=chance.uniform(0.0, longest_s)
-                )
-            )
-            sizes.append(size_of(output))
-            if codes[-1] == 0:
+            wait_for_write = bool(len(codes) % 2)
+            delay_s = chance.uniform(0.0, (all_s - first_s) / 6 if wait_for_write else 1.1 * first_s)
+            before = lines_of(outputs[-1])
+            codes.append(attempt(words, outputs[-1], wait_for_write=wait_for_write, delay_s=delay_s))
+            assert lines_of(outputs[-1])[: len(before)] == before, "a written answer was changed"
+            if codes[-1] != -signal.SIGKILL:
                 break
-    last = Path(outputs[-1])
-    final = ended_code = attempt(words, last, wait_for_write=False, delay_s=600.0)
-    assert ended_code == 0, (folder / "log").read_text()
-    return {
-        "whole": str(whole),
-        "outputs": outputs,
-        "codes": codes,
-        "sizes": sizes,
-        "final": final,
-        "seconds": [first_s, all_s],
-    }
+    codes.append(attempt(words, outputs[-1], wait_for_write=False, delay_s=600.0))
+    return {"whole": str(whole), "killed": [str(output) for output in outputs], "codes": codes}
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _shares(part: str, text: str) -> Shares:
             shares[_tier(name)] = float(number)
         except ValueError:
             raise UsageError(f"{part}: {number!r} in {item!r} is not a number; write device:0.3.") from None
-    if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
+    if not (min(shares.values()) >= 0 and abs(sum(shares.values()) - 1) <= 1e-6):
         raise UsageError(
             f"{part}: the shares {text!r} add up to {sum(shares.values()):g}; they must be at least 0 and "
             "add up to 1, as in device:0.3,host:0.5,disk:0.2."

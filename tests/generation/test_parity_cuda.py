@@ -1,0 +1,72 @@
+"""On a GPU too the answers are those of transformers, and its memory stays within the plan."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from capstan.generation import Engine, Request
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _float32_products() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(scope="module")
+def engine(
+    family: str,
+    place: list[str],
+    model_folder: Callable[[str], Path],
+    open_engine: Callable[..., Engine],
+    make_machine: Callable[..., Any],
+) -> Iterator[Engine]:
+    machine = make_machine("cuda")
+    with open_engine(
+        model_folder(family), place=place, device="cuda", device_memory="400MiB", machine=machine
+    ) as engine:
+        yield engine
+
+
+@pytest.mark.usefixtures("block")
+def test_greedy_answers_on_a_gpu_equal_transformers_and_memory_stays_within_the_plan(
+    engine: Engine,
+    family: str,
+    requests: list[Request],
+    expected: Callable[[str], list[list[int]]],
+    answers_of: Callable[..., list[list[int]]],
+    check_promises: Callable[[Engine], None],
+) -> None:
+    before = torch.cuda.memory_allocated()
+    assert answers_of(engine, requests) == expected(family)
+    check_promises(engine)
+    assert torch.cuda.memory_allocated() <= before + 2**20, "a job gives its memory back"
+
+
+def test_bits_on_a_gpu_answer_as_they_do_on_the_processor(
+    model_folder: Callable[[str], Path],
+    open_engine: Callable[..., Engine],
+    make_machine: Callable[..., Any],
+    requests: list[Request],
+    answers_of: Callable[..., list[list[int]]],
+) -> None:
+    answers = []
+    for device in ("cpu", "cuda"):
+        with open_engine(
+            model_folder("llama"),
+            weight_bits=4,
+            cache_bits=8,
+            device=device,
+            device_memory="400MiB",
+            machine=make_machine(device),
+            place=["weights=host cache=host attention=device"],
+        ) as engine:
+            answers.append(answers_of(engine, requests))
+    assert answers[0] == answers[1]
