@@ -365,6 +365,7 @@ def check_promises() -> Callable[[Engine], None]:
 
     def check_promises(engine: Engine) -> None:
         assert engine.trace is not None
+        assert engine.trace.notes == ()
         assert engine.trace.traffic == engine.plan.traffic
         for tier, peak_bytes in engine.trace.peak_bytes.items():
             assert peak_bytes <= engine.plan.peak_bytes.get(tier, 0), tier

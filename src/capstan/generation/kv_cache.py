@@ -136,9 +136,9 @@ def cache_buffers(
         return max((layout.row_bytes for layout, tier in pairs if tier in where), default=0)
 
     return CacheBuffers(
-        device_slot_bytes=0 if host_attention else rows * widest("host", "disk"),
-        host_slot_bytes=rows * widest("disk"),
-        outgoing_bytes=tokens * widest("host", "disk"),
+        device_slot_bytes=0 if host_attention else aligned(rows * widest("host", "disk")),
+        host_slot_bytes=aligned(rows * widest("disk")),
+        outgoing_bytes=aligned(tokens * widest("host", "disk")),
     )
 
 

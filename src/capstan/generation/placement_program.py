@@ -176,7 +176,7 @@ class _Build:
         names = self._count("cache", given.model.num_layers)
         for tier in TIERS:
             self.use[tier][names[tier]] = region
-        slot = 2 * self.rows_of_batch * self.row_bytes
+        slot = 2 * aligned(self.rows_of_batch * self.row_bytes)
         away = self._whether_any("cache is away", [names["host"], names["disk"]], given.model.num_layers)
         staged = self._whether_any("cache is read", [names["disk"]], given.model.num_layers)
         self.use["device"][away] = 0 if on_host else slot
