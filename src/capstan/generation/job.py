@@ -93,6 +93,7 @@ class Job:
         self._on_progress, self._keeps_cache = on_progress, keeps_cache
         self._num_generated = self._num_sweeps = 0
         self._largest_sweep = (0, 0)
+        self._delivered: set[int] = set()
         self.measured = Measured()
         self.device_bytes = self.host_bytes = 0  # of the cache and the activations, at most
 
@@ -121,9 +122,13 @@ class Job:
                 torch.cuda.empty_cache()
 
     def _run_block(self, shape: BlockShape) -> Iterator[Growing]:
+        yield from self._deliver(self._sequences)  # what ended in a sweep that was cut short
         waiting = [sequence for sequence in self._sequences if sequence.finish_reason is None]
         if not waiting:
             return
+        for sequence in waiting:
+            if len(sequence.prompt_logprobs) < len(sequence.prompt) - 1:
+                sequence.prompt_logprobs.clear()  # half of them, of a sweep that was cut short
         lengths = [sequence.length for sequence in waiting]
         block = Block(shape, lengths)
         with _Resources(self, shape, lengths) as resources:
@@ -131,7 +136,14 @@ class Job:
                 ended = self._sweep(resources, works, waiting, block.num_running)
                 block.finish(ended)
                 block.advance()
-                yield from (waiting[index] for index in ended)
+                yield from self._deliver([waiting[index] for index in ended])
+
+    def _deliver(self, sequences: Sequence[Growing]) -> Iterator[Growing]:
+        """Yield those that are over, each once."""
+        for sequence in sequences:
+            if sequence.finish_reason is not None and id(sequence) not in self._delivered:
+                self._delivered.add(id(sequence))
+                yield sequence
 
     def _sweep(
         self, resources: "_Resources", works: list[BatchWork], waiting: list[Growing], num_running: int
@@ -171,9 +183,8 @@ class Job:
 
     def _take_logits(self, picks: Sequence[Pick], logits: Tensor, waiting: list[Growing]) -> list[int]:
         """Turn logits into log-probabilities of the prompt, and into next tokens."""
-        inside = [
-            row for row, pick in enumerate(picks) if pick.position < len(waiting[pick.sequence].prompt) - 1
-        ]
+        is_inside = [pick.position < len(waiting[pick.sequence].prompt) - 1 for pick in picks]
+        inside = [row for row, within in enumerate(is_inside) if within]
         if inside:
             self._score(
                 logits[inside] if len(inside) < len(picks) else logits,
@@ -187,7 +198,7 @@ class Job:
             for index in ended:
                 waiting[index].finish_reason = "length"
             return ended
-        last = [row for row in range(len(picks)) if row not in set(inside)]
+        last = [row for row, within in enumerate(is_inside) if not within]
         if not last:
             return []
         return self._extend(logits[last] if inside else logits, [picks[row] for row in last], waiting)

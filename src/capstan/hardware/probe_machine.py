@@ -223,7 +223,7 @@ def _busy_notes(cores: int) -> tuple[str, ...]:
         return ()
     return (
         f"The machine was busy (load {load:.1f} on {cores} cores), so it looks slower than it is. "
-        "Measure again when it is idle: capstan probe --fresh",
+        "Measure again when it is idle: capstan probe",
     )
 
 
