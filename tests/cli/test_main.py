@@ -9,10 +9,6 @@ import pytest
 
 from capstan import cli
 
-mistakes = pytest.mark.xfail(
-    strict=True, raises=Exception, reason="usage errors of typer's own click are not caught by main()"
-)
-
 
 def test_help_names_every_verb_and_that_plans_come_first(run: Callable[..., Any]) -> None:
     ran = run("--help")
@@ -66,7 +62,6 @@ def test_version(run: Callable[..., Any]) -> None:
     assert (ran.code, ran.out, ran.err) == (0, f"capstan {version('capstan-ml')}\n", "")
 
 
-@mistakes
 def test_a_mistyped_verb_is_wrong_usage_with_a_suggestion(run: Callable[..., Any]) -> None:
     ran = run("genrate")
     assert ran.code == 2
@@ -74,7 +69,6 @@ def test_a_mistyped_verb_is_wrong_usage_with_a_suggestion(run: Callable[..., Any
     assert ran.out == ""
 
 
-@mistakes
 def test_a_mistyped_option_is_wrong_usage_with_a_suggestion(run: Callable[..., Any]) -> None:
     ran = run("generate", "--modle", "x", "--input", "y")
     assert ran.code == 2
@@ -83,7 +77,6 @@ def test_a_mistyped_option_is_wrong_usage_with_a_suggestion(run: Callable[..., A
     assert ran.out == ""
 
 
-@mistakes
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -103,14 +96,12 @@ def test_a_wrong_command_line_is_wrong_usage(words: list[str], named: str, run: 
     assert ran.out == ""
 
 
-@mistakes
 def test_no_verb_at_all_shows_the_help(run: Callable[..., Any]) -> None:
     ran = run()
     assert ran.code == 2
     assert "Commands:" in ran.words
 
 
-@pytest.mark.xfail(strict=True, reason="typer turns Ctrl-C into exit code 130 before main() sees it")
 def test_ctrl_c_says_that_the_same_command_goes_on(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,9 +37,9 @@ def test_json_is_one_object_and_the_only_thing_on_standard_output(cache: Path) -
     assert errors == ""
 
 
-def test_a_second_call_reads_the_profile_and_says_so(cache: Path) -> None:
+def test_the_kept_profile_is_shown_when_asked_for(cache: Path) -> None:
     run(cache, "--seconds", "0.5")
-    output, errors = run(cache)
+    output, errors = run(cache, "--cached")
     assert "Read from the profile" in errors
     assert "Read from the profile" not in output
 

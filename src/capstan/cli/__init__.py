@@ -1,11 +1,9 @@
 """The command line: one file a verb. Here the rooms meet; everywhere else they do not know each other."""
 
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -25,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+_INTERRUPTED = 130
 VERBS: dict[str, Callable[..., None]] = {"probe": probe, "generate": generate, "demo": demo}
 for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
@@ -49,14 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for failure, 2 for wrong usage, 130 for Ctrl-C."""
     errors = Console(stderr=True, highlight=False)
     try:
-        outcome: Any = app(args=arguments, standalone_mode=False)
+        app(args=arguments)
     except CapstanError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return error.exit_code
-    except click.exceptions.Abort:
-        errors.print("Stopped. The same command goes on where it was.")
-        return 130
-    except click.ClickException as error:
-        error.show(file=sys.stderr)
-        return error.exit_code
-    return outcome if isinstance(outcome, int) else 0
+    except SystemExit as done:
+        if done.code == _INTERRUPTED:
+            errors.print("Stopped. The same command goes on where it was.")
+        return done.code if isinstance(done.code, int) else int(bool(done.code))
+    return 0

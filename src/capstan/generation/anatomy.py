@@ -69,7 +69,11 @@ class Anatomy:
         skeleton = self._skeleton
         seen: list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]] = []
 
-        def attend(_: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+            if not (getattr(module, "is_causal", True) and options.get("is_causal", True) is not False):
+                raise UnsupportedModel(
+                    f"{type(skeleton.model).__name__} lets a token see what comes next; give a decoder."
+                )
             seen.append((query, key, value, options))
             return _attention_result(query, value)
 

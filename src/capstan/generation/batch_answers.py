@@ -27,6 +27,7 @@ def answer_line(asked: BatchRequest, completion: Completion, model: Model, *, cr
                 "index": index,
                 "finish_reason": answer.finish_reason,
                 **choice(asked, completion, answer, model),
+                **_prompt_logprobs(asked, completion, model),
             }
             for index, answer in enumerate(completion.answers)
         ],
@@ -72,8 +73,6 @@ def _text_choice(asked: BatchRequest, completion: Completion, answer: Answer, mo
     choice: Json = {"text": text, "logprobs": None}
     if answer.logprobs is not None:
         choice["logprobs"] = _text_logprobs([entry for entry in scored if entry is not None], model)
-    if completion.prompt_logprobs is not None and not asked.echo:
-        choice["prompt_logprobs"] = [_prompt_entry(entry, model) for entry in completion.prompt_logprobs]
     return choice
 
 
@@ -103,6 +102,14 @@ def _chat_entry(entry: TokenLogprob, model: Model) -> Json:
 
     tops = [one(token, value) for token, value in entry.top]
     return {**one(entry.token, entry.logprob), "top_logprobs": tops}
+
+
+def _prompt_logprobs(asked: BatchRequest, completion: Completion, model: Model) -> Json:
+    """Unless `echo` shows them among the answer's own."""
+    shown_by_echo = asked.echo and asked.request.logprobs is not None
+    if completion.prompt_logprobs is None or shown_by_echo:
+        return {}
+    return {"prompt_logprobs": [_prompt_entry(entry, model) for entry in completion.prompt_logprobs]}
 
 
 def _prompt_entry(entry: TokenLogprob | None, model: Model) -> Json | None:

@@ -19,6 +19,8 @@ from capstan.generation.model import Model
 from capstan.generation.planner import JobPlan, Planner
 from capstan.plans import Plan, Trace
 
+_SAMPLE_BYTES = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchFile:
@@ -27,6 +29,7 @@ class BatchFile:
     path: Path
     digest: str
     created: int
+    max_tokens: int
     lines: Sequence[BatchRequest | BadLine]
 
     @property
@@ -68,6 +71,7 @@ def read_batch(path: Path, model: Model, *, max_tokens: int) -> BatchFile:
         path=path,
         digest=hashlib.sha256(data).hexdigest(),
         created=int(path.stat().st_mtime),
+        max_tokens=max_tokens,
         lines=parse_lines(text.split("\n"), model, max_tokens=max_tokens),
     )
 
@@ -86,6 +90,7 @@ def open_journal(batch: BatchFile, output: Path, model: Model, *, overwrite: boo
     codecs = {tensor.codec.name for unit in model.inventory.units for tensor in unit}
     job = {
         "input": batch.digest,
+        "--max-tokens": batch.max_tokens,
         "model": _fingerprint(model),
         "weights": sorted(codecs),
         "cache": sorted({layout.codec.name for layout in model.formats}),
@@ -94,10 +99,12 @@ def open_journal(batch: BatchFile, output: Path, model: Model, *, overwrite: boo
 
 
 def _fingerprint(model: Model) -> str:
-    """What the model is, from its configuration and the sizes and places of its tensors."""
+    """What the model is: its configuration, its tensors' shapes, and the first bytes of each."""
     digest = hashlib.sha256(model.skeleton.config.to_json_string().encode())
     for name, entry in sorted(model.checkpoint.tensors.items()):
-        digest.update(f"{name} {entry.dtype} {entry.shape} {entry.offset}".encode())
+        sample = torch.empty(min(_SAMPLE_BYTES, entry.size_bytes), dtype=torch.uint8)
+        model.checkpoint.read(name, sample)
+        digest.update(f"{name} {entry.dtype} {entry.shape}".encode() + bytes(sample.tolist()))
     return digest.hexdigest()
 
 

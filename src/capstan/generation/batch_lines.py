@@ -127,7 +127,9 @@ def _parse_line(line: str, number: int, model: Model, max_tokens: int) -> BatchR
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][:2])
         return BadLine(custom_id, f"line {number}: {where}: {first['msg']}")
-    except (CapstanError, ValueError) as error:
+    except RecursionError:
+        return BadLine(custom_id, f"line {number}: it is nested too deeply to be a request")
+    except (CapstanError, ValueError, TypeError) as error:
         return BadLine(custom_id, f"line {number}: {error}")
 
 
@@ -135,6 +137,8 @@ def _body_of(raw: dict[str, Any]) -> tuple[_Body, str | None]:
     if "body" in raw:
         line = _Line.model_validate(raw)
         return _Body.model_validate(line.body), line.url
+    if not isinstance(raw.get("custom_id", ""), str):
+        raise InputError(f"custom_id must be text, not {raw['custom_id']!r}")
     plain = {name: value for name, value in raw.items() if name != "custom_id"}
     return _Body.model_validate(plain), None
 
@@ -156,7 +160,7 @@ def _batch_request(
     request = Request(
         id=custom_id,
         prompt=prompt,
-        max_tokens=body.max_completion_tokens or body.max_tokens or max_tokens,
+        max_tokens=_first_stated(body.max_completion_tokens, body.max_tokens, max_tokens),
         temperature=body.temperature or 0.0,
         top_k=max(0, body.top_k or 0),
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -169,6 +173,10 @@ def _batch_request(
     )
     check_length(model, len(prompt), request.max_tokens)
     return BatchRequest(custom_id, request, is_chat, body.echo)
+
+
+def _first_stated(*values: int | None) -> int:
+    return next(value for value in values if value is not None)
 
 
 def _refuse_unknown(body: _Body) -> None:

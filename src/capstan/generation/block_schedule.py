@@ -93,7 +93,6 @@ class BlockSchedule:
         self._host_attention, self._logit_rows = host_attention, logit_rows
         self._device, self._ledger, self._stopwatch = device, ledger, stopwatch
         self._now: tuple[Visit, Chunk] | None = None
-        skeleton.attend_with(self._attend)
 
     @torch.inference_mode()
     def sweep(
@@ -106,6 +105,7 @@ class BlockSchedule:
             positions_of: at which positions of it logits are wanted.
             on_logits: gets places and their logits `[places, vocabulary]`, a few rows at a time.
         """
+        self._skeleton.attend_with(self._attend)  # each time: another job may have run in between
         visits = zigzag(self._skeleton.num_layers, [work.batch for work in works])
         self._activations.begin({work.batch: _num_tokens(work) for work in works})
         self._weights.prefetch(0)

@@ -1,6 +1,7 @@
 """The engine: a model, its weights in place, and the jobs that run on it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -41,19 +42,19 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
         planner: Planner,
         opening: JobPlan,
         weights: WeightStore,
-        *,
         device: torch.device,
         disk_folder: Path | None,
-        disk: DiskSlab | None,
         ledger: Ledger,
+        *,
+        closing: ExitStack,
     ) -> None:
-        self.model = model
+        self.model: Model = planner.model
         self._planner, self._opening, self._weights = planner, opening, weights
-        self._device, self._disk_folder, self._disk, self._ledger = device, disk_folder, disk, ledger
+        self._device, self._disk_folder, self._ledger = device, disk_folder, ledger
+        self._closing = closing
         self.plan: Plan = opening.plan
         self.trace: Trace | None = None
 
@@ -131,29 +132,28 @@ class Engine:
             for each in model.inventory.placeable.values()
             if tiers[each.name] == "disk" and not each.is_as_in_checkpoint
         )
-        disk = DiskSlab(disk_folder, encoded_bytes) if encoded_bytes and disk_folder else None
-        model.skeleton.to(device)
-        weights = WeightStore(
-            model.inventory,
-            tiers,
-            checkpoint=model.checkpoint,
-            sources=model.sources,
-            device=device,
-            disk=disk,
-            lane=Lane("weights", device=device, ledger=ledger),
-        )
-        engine = cls(
-            model, planner, opening, weights, device=device, disk_folder=disk_folder, disk=disk, ledger=ledger
-        )
-        try:
+        with ExitStack() as opened:  # closed again if anything below fails
+            opened.callback(model.checkpoint.close)
+            disk = None
+            if encoded_bytes and disk_folder:
+                disk = opened.enter_context(DiskSlab(disk_folder, encoded_bytes))
+            lane = opened.enter_context(Lane("weights", device=device, ledger=ledger))
+            model.skeleton.to(device)
+            weights = WeightStore(
+                model.inventory,
+                tiers,
+                checkpoint=model.checkpoint,
+                sources=model.sources,
+                device=device,
+                disk=disk,
+                lane=lane,
+            )
+            opened.callback(weights.close)
             with torch.inference_mode():
                 for done in weights.load():
                     if on_loaded is not None:
                         on_loaded(done, model.checkpoint.size_bytes)
-        except BaseException:
-            engine.close()
-            raise
-        return engine
+            return cls(planner, opening, weights, device, disk_folder, ledger, closing=opened.pop_all())
 
     # --- jobs --------------------------------------------------------------------------------------------
 
@@ -264,10 +264,7 @@ class Engine:
 
     def close(self) -> None:
         """Give all memory and scratch space back."""
-        self._weights.close()
-        self.model.checkpoint.close()
-        if self._disk is not None:
-            self._disk.close()
+        self._closing.close()
 
     def __enter__(self) -> Self:
         return self

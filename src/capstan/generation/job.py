@@ -105,11 +105,11 @@ class Job:
             try:
                 yield from self._run_block(shape)
                 return
-            except (torch.OutOfMemoryError, DoesNotFit) as error:
+            except (torch.OutOfMemoryError, _NoRoom) as error:
                 smaller = shape.halved()
                 if smaller is None:
-                    if isinstance(error, DoesNotFit):
-                        raise
+                    if error.__cause__ is not None:
+                        raise error.__cause__ from None
                     raise DoesNotFit(
                         f"{self._device} ran out of memory with a single sequence: {error}. "
                         "Lower --device-memory, or end what else runs there."
@@ -266,6 +266,10 @@ class Job:
         )
 
 
+class _NoRoom(Exception):
+    """A block's memory could not be had; its cause says what and where."""
+
+
 class _Resources:
     """The memory, lanes and schedule of one block; closed in the reverse order."""
 
@@ -276,6 +280,9 @@ class _Resources:
     def __enter__(self) -> "_Resources":
         try:
             self._open()
+        except DoesNotFit as error:
+            self._stack.close()
+            raise _NoRoom from error
         except BaseException:
             self._stack.close()
             raise

@@ -44,8 +44,7 @@ class Journal:
         lines = list(lines)
         if not lines:
             return
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        data = memoryview(text.encode())
+        data = memoryview(b"".join(map(_encoded, lines)))
         try:
             while len(data):
                 data = data[os.write(self._file, data) :]
@@ -67,11 +66,21 @@ class Journal:
         self.close()
 
 
+def _encoded(line: Mapping[str, Any]) -> bytes:
+    """A line of JSON; half a surrogate pair, which UTF-8 cannot write, is escaped."""
+    try:
+        return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(line).encode() + b"\n"
+
+
 def _job_file(output: Path) -> Path:
     return output.with_name(output.name + ".job")
 
 
 def _locked(output: Path) -> int:
+    if output.is_dir():
+        raise InputError(f"{output} is a folder. Name another --output, a file.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(_job_file(output), os.O_RDWR | os.O_CREAT, 0o644)

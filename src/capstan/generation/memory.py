@@ -28,6 +28,11 @@ from capstan.storage.slab import aligned
 # What sampling holds for each logit: the logits, their float32 copy, sorted values (4) and order (8),
 # probabilities, cumulated (4 each), masks.
 _SAMPLING_BYTES_PER_LOGIT = 40
+_GRANT: Mapping[Tier, str] = {
+    "device": "Grant more with --device-memory",
+    "host": "Grant more with --host-memory",
+    "disk": "Name a folder that has room with --disk",
+}
 _SMALL_TENSORS_BYTES = 256 << 10  # token ids, positions, masks, indices
 
 
@@ -72,8 +77,8 @@ class Demand:
                 listing = ", ".join(f"{name} {bytes_text(size)}" for name, size in largest if size)
                 raise DoesNotFit(
                     f"The {tier} needs {bytes_text(self.on(tier))} and was granted {bytes_text(limit)} "
-                    f"({listing}). Grant more with --{tier}-memory, use fewer bits (--weight-bits 4, "
-                    "--cache-bits 4), or shorten prompts and max_tokens."
+                    f"({listing}). {_GRANT[tier]}, use fewer bits (--weight-bits 4, --cache-bits 4), or "
+                    "shorten prompts and max_tokens."
                 )
 
 

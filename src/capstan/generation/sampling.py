@@ -44,17 +44,17 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def _sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Invert the cumulative distribution of the tokens that top-k and top-p leave, at a uniform number."""
+    """Invert the cumulative distribution of the tokens that top-k, then top-p leave, at a uniform number."""
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
     ordered, order = (logits / column([draw.temperature for draw in draws])).sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(dim=-1)
     rank = torch.arange(ordered.shape[1], device=logits.device)
-    top_k = column([draw.top_k or ordered.shape[1] for draw in draws])
+    beyond = rank >= column([draw.top_k or ordered.shape[1] for draw in draws])
+    probabilities = ordered.masked_fill_(beyond, -torch.inf).softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    kept = (rank < top_k) & (before < column([draw.top_p for draw in draws]))
+    kept = ~beyond & (before < column([draw.top_p for draw in draws]))
     kept[:, 0] = True
     cumulative = probabilities.mul_(kept).cumsum(dim=-1)
     target = column([uniform(draw.seed, draw.step) for draw in draws]) * cumulative[:, -1:]

@@ -7,7 +7,7 @@ from capstan.generation.batching import Length
 from capstan.generation.requests import Answer, FinishReason, Request, TokenLogprob
 from capstan.generation.sampling import Draw
 
-# A character can be spread over several tokens: so many more than a stop text has characters are looked at.
+# A token has at least a byte. So many more than a stop text has bytes are looked at, for those that add none.
 _SPLIT_CHARACTERS = 16
 
 
@@ -61,7 +61,7 @@ class Sequence:
 
     def _hits_stop_text(self) -> bool:
         """Whether a stop text has appeared; looked for where it can have been completed just now."""
-        longest = max(map(len, self.request.stop))
+        longest = max(len(stop.encode(errors="surrogatepass")) for stop in self.request.stop)
         tail = self._decode(self.generated[-(longest + _SPLIT_CHARACTERS) :])
         if not any(stop in tail for stop in self.request.stop):
             return False

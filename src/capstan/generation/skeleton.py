@@ -102,6 +102,7 @@ class Skeleton:
         self.is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         self.head = self.table if self.is_tied else head
         self.head_parameter = head
+        self._attend: Any = None
         self._embedding_width = int(self.state[self.table].shape[1])
 
     @property
@@ -203,6 +204,9 @@ class Skeleton:
 
     def attend_with(self, attend: Any) -> None:
         """Send every layer's attention to `attend(module, query, key, value, **options)`."""
+        if attend == self._attend:
+            return
+        self._attend = attend
         for layer in self.layers:
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
@@ -249,7 +253,7 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation=ATTENTION_NAME, dtype=config.dtype or torch.float32
             )
-    except ValueError as error:
+    except (ValueError, KeyError, NotImplementedError) as error:
         raise UnsupportedModel(
             f"transformers cannot build {config.model_type!r} from {folder} for this engine: {error}"
         ) from error

@@ -105,7 +105,7 @@ class WeightStore:
         self._homes: dict[str, Tensor] = {}
         self._visits = 0
         self._arriving: tuple[int, Ticket, int] | None = None
-        self.rest = self._load_rest()
+        self.rest: dict[str, Tensor] = {}
 
     @property
     def device_bytes(self) -> int:
@@ -121,6 +121,7 @@ class WeightStore:
 
     def load(self) -> Iterator[int]:
         """Bring every tensor to its place; yields the checkpoint bytes done after each tensor."""
+        self.rest = self._load_rest()
         done = 0
         for tensor in self._inventory.placeable.values():
             tier = self._tiers[tensor.name]

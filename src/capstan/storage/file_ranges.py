@@ -46,7 +46,13 @@ class FileRanges:
 
     def _read_piece(self, offset: int, view: memoryview) -> None:
         while len(view):
-            count = os.preadv(self._descriptor, [view], offset)
+            try:
+                count = os.preadv(self._descriptor, [view], offset)
+            except OSError as error:
+                raise InputError(
+                    f"Reading {len(view):,} bytes at {offset:,} of {self._name} failed: {error.strerror}. "
+                    "Check the disk, or copy the file elsewhere."
+                ) from error
             if count == 0:
                 raise InputError(
                     f"{self._name} ends at byte {offset:,}, {len(view):,} bytes before the end of what was "
