@@ -264,9 +264,7 @@ def make_machine() -> Callable[..., Machine]:
             devices=(
                 Device(name="device", kind=kind, memory_bytes=4 * 2**30, **compute),
                 Device(name="host", kind="host", memory_bytes=8 * 2**30, **compute),
-                Device(
-                    name="disk", kind="disk", memory_bytes=80 * 2**30, memory_bandwidth_bytes_per_s=1e9
-                ),
+                Device(name="disk", kind="disk", memory_bytes=80 * 2**30, memory_bandwidth_bytes_per_s=1e9),
             ),
             links=(
                 Link(source="host", target="device", bandwidth_bytes_per_s=10e9, latency_s=1e-5),

@@ -113,7 +113,11 @@ def test_an_end_of_sequence_token_ends_an_answer_and_is_not_in_its_text(
     with open_engine(folder) as other:
         stopped, ignoring, short = (_done(other, asked)[str(index)].answers[0] for index in range(3))
     assert stopped.tokens == unhindered[: unhindered.index(token) + 1]
-    assert (stopped.finish_reason, ignoring.finish_reason, short.finish_reason) == ("stop", "length", "length")
+    assert (stopped.finish_reason, ignoring.finish_reason, short.finish_reason) == (
+        "stop",
+        "length",
+        "length",
+    )
     assert ignoring.tokens == unhindered
     assert short.tokens == unhindered[:1]
 
@@ -181,7 +185,9 @@ def test_every_request_gets_one_completion_with_its_id_and_as_many_answers_as_as
     done = {completion.id: completion for completion in completions}
     counts = {name: [len(answer.tokens) for answer in each.answers] for name, each in done.items()}
     assert counts == {"mine": [2, 2, 2], "1": [4], "2": [1]}
-    assert done["1"].text == engine.model.tokenizer.decode(done["1"].answers[0].tokens, skip_special_tokens=True)
+    assert done["1"].text == engine.model.tokenizer.decode(
+        done["1"].answers[0].tokens, skip_special_tokens=True
+    )
 
 
 def test_text_is_tokenised_as_the_tokenizer_does_it_special_tokens_included(engine: Engine) -> None:

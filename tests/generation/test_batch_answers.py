@@ -38,12 +38,11 @@ def line_of(
     *answers: Answer,
     is_chat: bool = False,
     echo: bool = False,
-    wants_prompt_logprobs: bool = False,
     prompt: tuple[int, ...] = (A, B),
     **more: Any,
 ) -> dict[str, Any]:
     """The line for a request, after a journey through JSON without NaN."""
-    asked = BatchRequest("a", Request(prompt=prompt, id="a"), is_chat, echo, wants_prompt_logprobs)
+    asked = BatchRequest("a", Request(prompt=prompt, id="a"), is_chat, echo)
     completion = Completion(id="a", prompt_tokens=prompt, answers=answers, **more)
     line = answer_line(asked, completion, MODEL, created=17)
     text = json.dumps(line, allow_nan=False)
@@ -180,7 +179,7 @@ def test_echo_of_a_prompt_of_one_token_with_logprobs() -> None:
 @pytest.mark.parametrize("how", [{}, {"echo": True}, {"is_chat": True}], ids=["plain", "echo", "chat"])
 def test_prompt_logprobs_that_were_asked_for_are_a_list_of_their_own(how: dict[str, bool]) -> None:
     entries = (None, scored(B, -3.0, (A, -0.125)))
-    choice = only_choice(line_of(answer(C), wants_prompt_logprobs=True, prompt_logprobs=entries, **how))
+    choice = only_choice(line_of(answer(C), prompt_logprobs=entries, **how))
     assert choice["logprobs"] is None
     assert choice["prompt_logprobs"] == [
         None,

@@ -173,7 +173,9 @@ def test_when_memory_runs_out_again_and_again_the_job_ends_saying_so(
     with start_engine("llama") as engine:
         force_shape(slots=4, batches=1)
         trip.arm(1, lasting=True)
-        with pytest.raises(DoesNotFit, match="cpu ran out of memory with a single sequence: .*--device-memory"):
+        with pytest.raises(
+            DoesNotFit, match="cpu ran out of memory with a single sequence: .*--device-memory"
+        ):
             answers_of(engine, requests)
         assert [note.split(" ")[-1] for note in engine.trace.notes] == ["2", "1"]
         trip.arm(None)
@@ -196,7 +198,9 @@ def test_a_disk_too_full_for_the_scratch_file_is_told_and_the_engine_goes_on(
     with start_engine("llama", place=CACHE_ON_DISK) as engine:
         before = _open_files(), _lanes()
         trip.arm(1, lasting=True)
-        with pytest.raises(DoesNotFit, match=rf"{scratch} cannot hold a scratch file of [\d,]+ bytes: No space"):
+        with pytest.raises(
+            DoesNotFit, match=rf"{scratch} cannot hold a scratch file of [\d,]+ bytes: No space"
+        ):
             answers_of(engine, requests)
         assert (_open_files(), _lanes()) == before
         assert list(scratch.iterdir()) == []
@@ -301,7 +305,10 @@ def test_a_model_that_shrinks_while_it_is_open_is_noticed(
         answers_of(engine, requests)
         with (folder / "model.safetensors").open("r+b") as file:
             file.truncate(100_000)
-        with pytest.raises(CapstanError, match=r"model\.safetensors ends at byte [\d,]+, .*truncated or was changed.* Copy it again"):
+        with pytest.raises(
+            CapstanError,
+            match=r"model\.safetensors ends at byte [\d,]+, .*truncated or was changed.* Copy it again",
+        ):
             answers_of(engine, requests)
 
 

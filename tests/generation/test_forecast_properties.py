@@ -56,7 +56,9 @@ def test_every_job_that_a_planner_accepts_runs_within_its_budgets_and_moves_what
 ):
     planner = replace(planners[kind], wish=wish, budgets=budgets)
     lengths = [Length(prompt=num_prompt, new=num_new) for num_prompt, num_new in job]
-    prompts = [[1 + (index * 31 + at * 7) % 120 for at in range(each.prompt)] for index, each in enumerate(lengths)]
+    prompts = [
+        [1 + (index * 31 + at * 7) % 120 for at in range(each.prompt)] for index, each in enumerate(lengths)
+    ]
     try:
         opening = planner.plan(lengths)
     except DoesNotFit as error:
@@ -73,7 +75,9 @@ def test_every_job_that_a_planner_accepts_runs_within_its_budgets_and_moves_what
         ]
         check_promises(engine)
         if scores:
-            assert [len(score.logprobs) for score in engine.score(prompts)] == [each.prompt - 1 for each in lengths]
+            assert [len(score.logprobs) for score in engine.score(prompts)] == [
+                each.prompt - 1 for each in lengths
+            ]
             check_promises(engine)
 
 
@@ -89,7 +93,9 @@ def test_wished_shares_are_what_is_planned(planners, weights, cache, job):
         largest = max(tensor.stored_bytes for tensor in placed.values())
         total = sum(tensor.stored_bytes for tensor in placed.values())
         for tier, share in weights.items():
-            there = sum(placed[name].stored_bytes for name, where in plan.placement.weights.items() if where == tier)
+            there = sum(
+                placed[name].stored_bytes for name, where in plan.placement.weights.items() if where == tier
+            )
             assert abs(there - share * total) <= 2 * largest
     if cache is not None and 1.0 in cache.values():
         (tier,) = cache

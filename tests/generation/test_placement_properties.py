@@ -46,7 +46,10 @@ def test_written_shares_are_read_back(shares):
         ([], Wish()),
         (["cache=host"], Wish(cache={"host": 1.0})),
         (["activations=disk", "attention=host"], Wish(activations="disk", attention="host")),
-        (["weights=disk cache=device:0.5,host:0.5"], Wish(weights={"disk": 1.0}, cache={"device": 0.5, "host": 0.5})),
+        (
+            ["weights=disk cache=device:0.5,host:0.5"],
+            Wish(weights={"disk": 1.0}, cache={"device": 0.5, "host": 0.5}),
+        ),
     ],
 )
 def test_parts_may_come_in_one_word_or_in_several_and_unnamed_ones_stay_open(words, wish):
@@ -56,7 +59,10 @@ def test_parts_may_come_in_one_word_or_in_several_and_unnamed_ones_stay_open(wor
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("wieghts=host", r"no thing to place 'wieghts'. Did you mean 'weights'\? Known: activations, attention"),
+        (
+            "wieghts=host",
+            r"no thing to place 'wieghts'. Did you mean 'weights'\? Known: activations, attention",
+        ),
         ("weights=hots", r"no place 'hots'. Did you mean 'host'\? Known: device, disk, host"),
         ("weights", "--place 'weights' says nothing; write for example weights=host"),
         ("cache=", "--place 'cache=' says nothing; write for example cache=host"),

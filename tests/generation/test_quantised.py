@@ -145,7 +145,9 @@ def test_fewer_bits_move_fewer_bytes(
     # 8 bits: (8 + 32 / 64) / 32 = 0.27 of the others; 4 bits: 0.14. Row ends in half groups cost the rest.
     sizes = []
     for bits in (None, weight_bits):
-        with open_engine(model_folder("llama"), weight_bits=bits, place=["weights=host cache=device"]) as engine:
+        with open_engine(
+            model_folder("llama"), weight_bits=bits, place=["weights=host cache=device"]
+        ) as engine:
             list(engine.generate([Request(prompt=[1, 2, 3], max_tokens=2)]))
             sizes.append(engine.trace.traffic.of("weights").on("host->device"))
     assert 0 < sizes[1] < limit * sizes[0]

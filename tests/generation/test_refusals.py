@@ -69,7 +69,9 @@ def test_a_sharded_checkpoint_answers_like_one_file_and_names_a_shard_that_is_mi
     with open_engine(sharded, place=["weights=disk cache=device"]) as engine:
         assert answers_of(engine, requests) == expected("llama")
     shards[1].unlink()
-    with pytest.raises(InputError, match=rf"lacks 1 of the {len(shards)} shards .*{shards[1].name}. Download"):
+    with pytest.raises(
+        InputError, match=rf"lacks 1 of the {len(shards)} shards .*{shards[1].name}. Download"
+    ):
         open_engine(sharded)
 
 
@@ -79,11 +81,15 @@ def test_a_truncated_file_is_refused_before_anything_is_computed(
     path = folder / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-100])
-    with pytest.raises(InputError, match="model.safetensors is truncated: .* ends at byte .* Download it again"):
+    with pytest.raises(
+        InputError, match="model.safetensors is truncated: .* ends at byte .* Download it again"
+    ):
         open_engine(folder)
 
 
-@pytest.mark.parametrize("garbage", [b"not a model at all, whatever it says", struct.pack("<Q", 20) + b"{" * 40])
+@pytest.mark.parametrize(
+    "garbage", [b"not a model at all, whatever it says", struct.pack("<Q", 20) + b"{" * 40]
+)
 def test_a_file_of_garbage_is_refused(
     garbage: bytes, folder: Path, open_engine: Callable[..., Engine]
 ) -> None:
@@ -96,11 +102,15 @@ def test_weights_of_another_shape_than_the_config_says_are_refused_with_both_sha
     folder: Path, open_engine: Callable[..., Engine]
 ) -> None:
     _change_config(folder, intermediate_size=112)
-    with pytest.raises(InputError, match=r"'model.layers.0.mlp.\w+.weight' should have shape .*112.* of shape"):
+    with pytest.raises(
+        InputError, match=r"'model.layers.0.mlp.\w+.weight' should have shape .*112.* of shape"
+    ):
         open_engine(folder)
 
 
-def test_an_element_count_alone_does_not_make_a_shape(folder: Path, open_engine: Callable[..., Engine]) -> None:
+def test_an_element_count_alone_does_not_make_a_shape(
+    folder: Path, open_engine: Callable[..., Engine]
+) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     _rewrite(folder, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
     with pytest.raises(InputError, match=rf"'{name}' should have shape \[96, 64\]; .*\[64, 96\]"):
@@ -109,7 +119,9 @@ def test_an_element_count_alone_does_not_make_a_shape(folder: Path, open_engine:
 
 def test_missing_tensors_are_counted_and_named(folder: Path, open_engine: Callable[..., Engine]) -> None:
     _rewrite(folder, lambda tensors: tensors.pop("model.layers.2.self_attn.q_proj.weight"))
-    with pytest.raises(InputError, match=r"lacks 1 of the 30 tensors of LlamaForCausalLM: model.layers.2.self_attn"):
+    with pytest.raises(
+        InputError, match=r"lacks 1 of the 30 tensors of LlamaForCausalLM: model.layers.2.self_attn"
+    ):
         open_engine(folder)
 
 
@@ -122,9 +134,7 @@ def test_an_unknown_architecture_is_named(folder: Path, open_engine: Callable[..
         open_engine(folder)
 
 
-def test_an_encoder_decoder_is_refused(
-    folder: Path, open_engine: Callable[..., Engine]
-) -> None:
+def test_an_encoder_decoder_is_refused(folder: Path, open_engine: Callable[..., Engine]) -> None:
     from transformers import T5Config
 
     T5Config(vocab_size=128, d_model=64).save_pretrained(folder)
@@ -143,7 +153,10 @@ def test_an_encoder_decoder_is_refused(
     ],
 )
 def test_a_model_whose_attention_cannot_be_taken_over_is_refused(
-    class_name: str, settings: dict[str, Any], save_model: Callable[..., Path], open_engine: Callable[..., Engine]
+    class_name: str,
+    settings: dict[str, Any],
+    save_model: Callable[..., Path],
+    open_engine: Callable[..., Engine],
 ) -> None:
     import transformers
 

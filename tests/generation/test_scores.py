@@ -89,12 +89,12 @@ def test_logprobs_of_prompt_and_answer_equal_transformers_with_their_top_lists(
             assert completion.prompt_logprobs is None
         else:
             assert completion.prompt_logprobs[0] is None, "nothing comes before the first token"
-            _check(completion.prompt_logprobs[1:], tokens[1:start], wanted[: start - 1], request.prompt_logprobs)
+            _check(
+                completion.prompt_logprobs[1:], tokens[1:start], wanted[: start - 1], request.prompt_logprobs
+            )
 
 
-def _check(
-    entries: tuple[TokenLogprob, ...], tokens: list[int], wanted: torch.Tensor, num_top: int
-) -> None:
+def _check(entries: tuple[TokenLogprob, ...], tokens: list[int], wanted: torch.Tensor, num_top: int) -> None:
     """`wanted[i]` are the reference's log-probabilities of all tokens at the place of `tokens[i]`."""
     assert [entry.token for entry in entries] == tokens
     for entry, row in zip(entries, wanted, strict=True):

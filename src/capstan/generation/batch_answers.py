@@ -106,7 +106,7 @@ def _chat_entry(entry: TokenLogprob, model: Model) -> Json:
 
 def _prompt_logprobs(asked: BatchRequest, completion: Completion, model: Model) -> Json:
     """Unless `echo` shows them among the answer's own."""
-    shown_by_echo = asked.echo and asked.request.logprobs is not None
+    shown_by_echo = asked.echo and any(answer.logprobs is not None for answer in completion.answers)
     if completion.prompt_logprobs is None or shown_by_echo:
         return {}
     return {"prompt_logprobs": [_prompt_entry(entry, model) for entry in completion.prompt_logprobs]}
