@@ -199,8 +199,8 @@ class Reference:
             **settings,
         )
         best = torch.cat(output.logits).topk(2).values
-        # Two orders of summation differ by about 1e-6 here. Where two tokens are nearly equal, either would be
-        # right, so such a prompt would test nothing.
+        # Two orders of summation differ by about 1e-6 here. Where two tokens are nearly equal, either would
+        # be right, so such a prompt would test nothing.
         assert (best[:, 0] - best[:, 1]).min() > 1e-4, "take other prompts: this one is a near tie"
         return output.sequences[0, len(prompt) :].tolist()
 

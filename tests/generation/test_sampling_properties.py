@@ -1,4 +1,4 @@
-"""From logits to tokens: chance is a pure function of seed and step, and follows the distribution asked for."""
+"""From logits to tokens: chance is a function of seed and step, and follows what was asked for."""
 
 from collections import Counter
 

@@ -10,8 +10,8 @@ import torch
 from capstan.generation import Engine, Request, TokenLogprob
 
 MIXED = ["weights=device:0.3,host:0.4,disk:0.3 activations=host"]
-# float32 has 24 bits, log-probabilities of 128 random tokens are below 2**4, and about 2**9 terms are added in
-# another order: 2**4 * 2**-24 * 2**4.5 (random signs) is 2e-5; sequences of layers make it a few times that.
+# float32 has 24 bits, log-probabilities of 128 random tokens are below 2**4, and about 2**9 terms are added
+# in another order: 2**4 * 2**-24 * 2**4.5 (random signs) is 2e-5; a row of layers makes it a few times that.
 TOLERANCE = 1e-4
 
 
