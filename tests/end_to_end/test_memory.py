@@ -20,7 +20,8 @@ from capstan.hardware import Machine
 def peak_bytes():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-folder, machine, settings = sys.argv[1], Machine.from_json(Path(sys.argv[2]).read_text()), json.loads(sys.argv[3])
+folder, settings = sys.argv[1], json.loads(sys.argv[3])
+machine = Machine.from_json(Path(sys.argv[2]).read_text())
 torch.ones(256, 256) @ torch.ones(256, 256)
 before = peak_bytes()
 lengths = [Length(prompt=24, new=4)] * 8

@@ -1,5 +1,6 @@
 """The command line: one file a verb. Here the rooms meet; everywhere else they do not know each other."""
 
+import os
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated
@@ -47,6 +48,9 @@ def _root(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for failure, 2 for wrong usage, 130 for Ctrl-C."""
     errors = Console(stderr=True, highlight=False)
+    # OpenMP's threads spin while they wait, and where another program wants the same cores that slows small
+    # steps twentyfold. Read when torch is loaded, which no verb has done yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(args=arguments)
     except CapstanError as error:
