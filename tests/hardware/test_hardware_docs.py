@@ -21,7 +21,7 @@ def test_the_example_of_a_cluster_is_a_cluster(tmp_path: Path) -> None:
 
 def test_the_latency_in_the_example_is_the_built_in_one() -> None:
     assert scenario("worldwide").link("Oregon-0", "Tokyo-24").latency_s == pytest.approx(0.096)
-    assert '.link("Oregon-0", "Tokyo-24").latency_s    # 0.096' in PAGE
+    assert '.link("Oregon-0", "Tokyo-24").latency_s  # 0.096' in PAGE
 
 
 def test_every_field_of_the_json_is_described(machine: Machine) -> None:
