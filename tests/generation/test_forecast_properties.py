@@ -26,7 +26,7 @@ wishes = st.builds(
     weights=shares,
     cache=shares,
     activations=st.one_of(st.none(), st.sampled_from(TIERS)),
-    attention=st.sampled_from([None, "device", "host"]),
+    attention=st.sampled_from([None, 0.0, 0.4, 1.0]),
 )
 # From less than one layer needs to more than everything: the tiny model has about 0.5 MiB.
 KIB = 1024

@@ -45,7 +45,7 @@ def test_written_shares_are_read_back(shares):
     [
         ([], Wish()),
         (["cache=host"], Wish(cache={"host": 1.0})),
-        (["activations=disk", "attention=host"], Wish(activations="disk", attention="host")),
+        (["activations=disk", "attention=host"], Wish(activations="disk", attention=1.0)),
         (
             ["weights=disk cache=device:0.5,host:0.5"],
             Wish(weights={"disk": 1.0}, cache={"device": 0.5, "host": 0.5}),

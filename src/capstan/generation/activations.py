@@ -71,6 +71,10 @@ class Activations:
         self._sent: list[Ticket | None] = [None, None]  # when each device buffer's last guest has left
 
     @property
+    def rests_on_device(self) -> bool:
+        return self._tier == "device"
+
+    @property
     def device_bytes(self) -> int:
         return self._device_slab.size_bytes
 

@@ -21,6 +21,9 @@ from capstan.generation.attention import AttentionGeometry, geometry_of
 from capstan.generation.skeleton import FrontOutput, LayerCall, Skeleton
 from capstan.storage.live_bytes import LiveBytes
 
+# Token counts for which intermediate values are measured, large enough that constant parts do not show.
+_SAMPLED_TOKENS = (256, 512)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAnatomy:
@@ -43,7 +46,7 @@ class Anatomy:
         front = self._front(2)
         self.call_bytes_per_token = self._call_bytes_per_token()
         self.layers = tuple(self._layer(index, front.calls[index]) for index in range(skeleton.num_layers))
-        self.workspace_bytes = cache(self._workspace_bytes)
+        self._measured_workspace = cache(self._workspace)
         self.dispatch_s = self._dispatch_s()
 
     @property
@@ -89,9 +92,16 @@ class Anatomy:
             flops_per_token=_flops_per_token(skeleton, index),
         )
 
-    def _workspace_bytes(self, num_tokens: int) -> int:
+    def workspace_bytes(self, num_tokens: int) -> int:
         """Peak bytes of intermediate values while any one layer runs over `num_tokens` tokens, apart from
-        its input and the insides of attention."""
+        its input and the insides of attention. They grow with the tokens, so two measurements say all."""
+        few, many = _SAMPLED_TOKENS
+        if num_tokens <= many:
+            return self._measured_workspace(num_tokens)
+        low, high = self._measured_workspace(few), self._measured_workspace(many)
+        return high + -(-(high - low) // (many - few)) * (num_tokens - many)
+
+    def _workspace(self, num_tokens: int) -> int:
         front = self._front(num_tokens)
         peaks = {}
         for index in range(self._skeleton.num_layers):
@@ -108,7 +118,7 @@ class Anatomy:
         clocks = [_Clock() for _ in range(5)]
         for clock in clocks:
             self._run_on_meta(0, call, 1, _attend_on_meta, clock)
-        return sorted(clock.seconds for clock in clocks)[2]
+        return min(clock.seconds for clock in clocks)
 
     def _run_on_meta(
         self,
@@ -130,9 +140,10 @@ class Anatomy:
             torch.inference_mode(),
             _buffers_on("meta", skeleton.layers[index]),
             _experts_stand_in(skeleton, index),
+            skeleton.equipped(index, weights),
             observer or nullcontext(),
         ):
-            skeleton.layer(index, hidden, call, weights)
+            skeleton.layer(index, hidden, call)
 
 
 class _Clock:

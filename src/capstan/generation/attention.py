@@ -164,16 +164,15 @@ def workspace_bytes(
 
 
 def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None, geometry: AttentionGeometry
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, geometry: AttentionGeometry
 ) -> Tensor:
     """Attention of one new token of each sequence over its cached rows, its own row included.
 
-    query `[sequences, heads, size]`; keys `[sequences, rows, key heads, size]`, values alike; lengths
-    `[sequences]` says how many rows count, None that all do. Returns `[sequences, heads, value size]`.
+    query `[sequences, heads, size]`; keys `[sequences, rows, key heads, size]`, values alike; `visible` is
+    what `visible_rows` says. Returns `[sequences, heads, value size]`.
     """
     grouped = query.unflatten(1, (geometry.num_key_heads, -1))  # (sequences, key heads, group, size)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # (sequences, key heads, rows, size)
-    visible = _visible_rows(lengths, keys.shape[2], geometry.sliding_window, query.device)
     if geometry.softcap is None:
         output = F.scaled_dot_product_attention(
             grouped, keys, values, attn_mask=visible, scale=geometry.scaling
@@ -183,17 +182,17 @@ def decode_attention(
     return output.flatten(1, 2)
 
 
-def _visible_rows(
-    lengths: Tensor | None, num_rows: int, window: int | None, device: torch.device
-) -> Tensor | None:
-    """A mask `[sequences or 1, 1, 1, rows]`, or None where every row is visible."""
-    if lengths is None and (window is None or window >= num_rows):
+def visible_rows(ends: Tensor, num_rows: int, window: int | None) -> Tensor | None:
+    """Which of `num_rows` rows the last token of each sequence sees, when sequence b has `ends[b]` of them.
+
+    ends: `[sequences]`, on the host. A mask `[sequences, 1, 1, rows]`, or None where every row is visible.
+    """
+    if int(ends.min()) >= num_rows and (window is None or window >= num_rows):
         return None
-    rows = torch.arange(num_rows, device=device)
-    ends = lengths[:, None] if lengths is not None else rows.new_full((1, 1), num_rows)
-    visible = rows[None] < ends
+    rows = torch.arange(num_rows)[None]
+    visible = rows < ends[:, None]
     if window is not None:
-        visible &= rows[None] >= ends - window
+        visible &= rows >= ends[:, None] - window
     return visible[:, None, None]
 
 

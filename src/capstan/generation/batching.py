@@ -146,6 +146,12 @@ class Block:
         self.finish(ended)
         return ended
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether a sweep follows the one that `sweep()` gave last, if no sequence ends early."""
+        running = [seat for seats in self._seats for seat in seats if seat is not None]
+        return bool(self._queue) or any(seat.num_done < seat.length.cached for seat in running)
+
     def finish(self, sequences: Sequence[int]) -> None:
         """Free the slots of these sequences."""
         gone = set(sequences)

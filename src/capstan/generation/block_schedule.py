@@ -9,26 +9,33 @@ from. Waiting is by tickets for what is needed next, never for the whole device.
 
 Source: FlexGen, section 4.1 and algorithm 1, arXiv 2303.06865.
 Differs: prompts start and sequences end in any sweep (the paper's blocks start and end together), so there
-is no separate prefill pass; nothing is padded; copies are ordered by events, not by a barrier per step.
+is no separate prefill pass; nothing is padded; copies are ordered by events, not by a barrier per step. A
+visit whose rows are away from the device stops inside its attention, and the device goes on with the next
+batches, until its rows or results have come.
 """
 
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from capstan.generation.activations import Activations
 from capstan.generation.anatomy import Anatomy
-from capstan.generation.attention import decode_attention, prefill_attention
+from capstan.generation.attention import prefill_attention
 from capstan.generation.batching import BatchWork, Chunk, Work
 from capstan.generation.kv_cache import KeyValueCache
 from capstan.generation.skeleton import LayerCall, Skeleton
-from capstan.generation.weights import DEVICE_TO_HOST, HOST_TO_DEVICE, WeightStore
+from capstan.generation.weights import WeightStore
 from capstan.transport import Ledger, Stopwatch
 
-DEVICE_COMPUTE, HOST_ATTENTION = "device compute", "host attention"
+DEVICE_COMPUTE = "device compute"
+
+# Devices that compute while they wait for rows or for the host.
+_OVERLAPPING = ("cuda",)
 
 
 class Visit(NamedTuple):
@@ -71,6 +78,14 @@ class _Batch:
         return runs
 
 
+class _Passage(greenlet):
+    """A visit under way. It can stop inside its attention, deep in transformers' code, and be resumed."""
+
+    visit: Visit
+    chunk: Chunk
+    stop_clock: Callable[[], None]
+
+
 class BlockSchedule:
     """Runs sweeps. Owns no memory: weights, cache and activations are given to it."""
 
@@ -82,7 +97,6 @@ class BlockSchedule:
         activations: Activations,
         *,
         cache: KeyValueCache | None,
-        host_attention: bool,
         logit_rows: int,
         device: torch.device,
         ledger: Ledger,
@@ -90,13 +104,22 @@ class BlockSchedule:
     ) -> None:
         self._skeleton, self._anatomy = skeleton, anatomy
         self._weights, self._activations, self._cache = weights, activations, cache
-        self._host_attention, self._logit_rows = host_attention, logit_rows
-        self._device, self._ledger, self._stopwatch = device, ledger, stopwatch
-        self._now: tuple[Visit, Chunk] | None = None
+        self._logit_rows, self._device, self._ledger = logit_rows, device, ledger
+        self._stopwatch = stopwatch
+        # Hidden states that rest elsewhere have room on the device for two batches only.
+        self._overlaps = device.type in _OVERLAPPING and activations.rests_on_device
+        self._stopped: deque[_Passage] = deque()
+        self._left: Counter[int] = Counter()  # batches that have not passed each layer that was begun
 
     @torch.inference_mode()
     def sweep(
-        self, works: Sequence[BatchWork], tokens_of: TokensOf, positions_of: PositionsOf, on_logits: OnLogits
+        self,
+        works: Sequence[BatchWork],
+        tokens_of: TokensOf,
+        positions_of: PositionsOf,
+        on_logits: OnLogits,
+        *,
+        is_last: bool = True,
     ) -> None:
         """Compute one sweep.
 
@@ -104,32 +127,86 @@ class BlockSchedule:
             tokens_of: the token ids of a piece of work.
             positions_of: at which positions of it logits are wanted.
             on_logits: gets places and their logits `[places, vocabulary]`, a few rows at a time.
+            is_last: False if another sweep will follow, whose first weights may then begin to arrive.
         """
         self._skeleton.attend_with(self._attend)  # each time: another job may have run in between
         visits = zigzag(self._skeleton.num_layers, [work.batch for work in works])
+        self._weights.expect(sweeps=1 if is_last else 2)
         self._activations.begin({work.batch: _num_tokens(work) for work in works})
-        self._weights.prefetch(0)
-        batches = {work.batch: self._front(work, tokens_of) for work in works}
-        weights: dict[str, Tensor] = {}
-        self._prefetch_rows(visits[0], batches)
-        self._activations.prefetch(visits[0].batch)
-        for visit, following in zip(visits, [*visits[1:], None], strict=True):
-            if visit.batch == works[0].batch:
-                weights = self._weights.take(visit.layer)
-                self._weights.prefetch(visit.layer + 1)
-            if following is not None:
-                self._prefetch_rows(following, batches)
-                if following.batch != visit.batch:
+        if self._cache is not None:
+            self._cache.begin(works)
+        try:
+            batches = {work.batch: self._front(work, tokens_of) for work in works}
+            self._activations.prefetch(visits[0].batch)
+            for visit, following in zip(visits, [*visits[1:], None], strict=True):
+                self._finish_until_free(visit.batch)
+                if visit.batch == works[0].batch:
+                    self._begin_layer(visit.layer, len(works))
+                if following is not None and following.batch != visit.batch:
                     self._activations.prefetch(following.batch)
-            self._compute(visit, batches[visit.batch], weights)
-        head = self._weights.take(self._skeleton.num_layers)[self._skeleton.head]
+                self._start(visit, batches[visit.batch])
+            self._finish_all()
+        except BaseException:
+            self._abandon()
+            raise
+        head = self._take(self._skeleton.num_layers)[self._skeleton.head]
         for batch in batches.values():
             self._back(batch, head, positions_of, on_logits)
+        self._weights.release()
 
-    def _prefetch_rows(self, visit: Visit, batches: dict[int, _Batch]) -> None:
-        if self._cache is not None:
-            for chunk in batches[visit.batch].work.chunks:
-                self._cache.prefetch(visit.layer, visit.batch, chunk)
+    # --- passages ----------------------------------------------------------------------------------------
+
+    def _begin_layer(self, layer: int, num_batches: int) -> None:
+        """Give a layer its weights. While they are still on their way, stopped passages are finished."""
+        while self._stopped and (self._weights.must_be_alone or not self._weights.has_arrived()):
+            self._resume(self._stopped.popleft())
+        self._left[layer] = num_batches
+        self._skeleton.equip(layer, self._take(layer))
+
+    def _take(self, unit: int) -> dict[str, Tensor]:
+        stop_clock = self._stopwatch.start(DEVICE_COMPUTE)
+        tensors = self._weights.take(unit)
+        stop_clock()
+        return tensors
+
+    def _start(self, visit: Visit, batch: _Batch) -> None:
+        passage = _Passage(self._compute)
+        passage.visit = visit
+        passage.switch(passage, batch)
+        self._note(passage)
+
+    def _resume(self, passage: _Passage) -> None:
+        passage.switch()
+        self._note(passage)
+
+    def _note(self, passage: _Passage) -> None:
+        """After a passage has run for a while: it has stopped, or it has ended."""
+        if not passage.dead:
+            self._stopped.append(passage)
+            return
+        layer = passage.visit.layer
+        self._left[layer] -= 1
+        if not self._left[layer]:
+            self._skeleton.strip(layer)
+            self._weights.release()
+
+    def _finish_until_free(self, batch: int) -> None:
+        """Passages end in the order in which they began; stop when none of this batch is under way."""
+        while any(passage.visit.batch == batch for passage in self._stopped):
+            self._resume(self._stopped.popleft())
+
+    def _finish_all(self) -> None:
+        while self._stopped:
+            self._resume(self._stopped.popleft())
+
+    def _abandon(self) -> None:
+        """Leave nothing half done behind an error."""
+        for passage in self._stopped:
+            passage.throw()
+        self._stopped.clear()
+        for layer in [layer for layer, left in self._left.items() if left]:
+            self._skeleton.strip(layer)
+        self._left.clear()
 
     def _front(self, work: BatchWork, tokens_of: TokensOf) -> _Batch:
         hidden = self._activations.blank(work.batch)
@@ -146,15 +223,14 @@ class BlockSchedule:
         self._activations.put(work.batch, hidden)
         return _Batch(work, calls)
 
-    def _compute(self, visit: Visit, batch: _Batch, weights: dict[str, Tensor]) -> None:
+    def _compute(self, passage: _Passage, batch: _Batch) -> None:
+        visit = passage.visit
         hidden = self._activations.take(visit.batch)
-        if self._cache is not None:
-            self._cache.arrive(visit.layer, visit.batch)
-        for chunk, calls, run in batch.runs():
-            self._now = (visit, chunk)
-            with self._stopwatch.time(DEVICE_COMPUTE):
-                output = self._skeleton.layer(visit.layer, hidden[None, run], calls[visit.layer], weights)
-                hidden[run] = output[0]
+        for passage.chunk, calls, run in batch.runs():
+            passage.stop_clock = self._stopwatch.start(DEVICE_COMPUTE)
+            output = self._skeleton.layer(visit.layer, hidden[None, run], calls[visit.layer])
+            hidden[run] = output[0]
+            passage.stop_clock()
         self._activations.put(visit.batch, hidden)
 
     def _back(self, batch: _Batch, head: Tensor, positions_of: PositionsOf, on_logits: OnLogits) -> None:
@@ -176,15 +252,15 @@ class BlockSchedule:
     # --- attention, called from inside transformers' layers ----------------------------------------------
 
     def _attend(self, _: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        assert self._now is not None
-        visit, chunk = self._now
+        passage = getcurrent()
+        assert isinstance(passage, _Passage)
         # (1, heads, tokens, size) -> (tokens, heads, size)
         query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-        if chunk.is_prefill:
-            return self._prefill(visit, chunk, query, key, value)[None]
-        return self._decode(visit, chunk, query, key, value)[None]
+        attend = self._prefill if passage.chunk.is_prefill else self._decode
+        return attend(passage, query, key, value)[None]
 
-    def _prefill(self, visit: Visit, chunk: Chunk, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _prefill(self, passage: _Passage, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        visit, chunk = passage.visit, passage.chunk
         geometry = self._anatomy.layers[visit.layer].geometry
         if self._cache is not None:
             self._cache.append(visit.layer, visit.batch, chunk, key, value)
@@ -196,39 +272,30 @@ class BlockSchedule:
             start += work.count
         return output
 
-    def _decode(self, visit: Visit, chunk: Chunk, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _decode(self, passage: _Passage, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         assert self._cache is not None
-        on_host = self._host_attention and not self._cache.rests_on_device(visit.layer)
-        new_rows = self._cache.append(visit.layer, visit.batch, chunk, key, value)
-        if on_host:
-            query, new_rows = self._to_host(query), new_rows.cpu()
-        cached = self._cache.rows(visit.layer, visit.batch, chunk, new_rows)
-        geometry = self._anatomy.layers[visit.layer].geometry
-        ends = [work.end for work in chunk.works]
-        if not on_host:
-            return _attend_seated(query, cached, ends, geometry)
-        with Stopwatch(self._ledger, torch.device("cpu")).time(HOST_ATTENTION):
-            output = _attend_seated(query, cached, ends, geometry)
-        self._ledger.count(HOST_TO_DEVICE, "activations", output.numel() * output.element_size())
-        return output.to(self._device)
+        layer, batch = passage.visit
+        new_rows = self._cache.append(layer, batch, passage.chunk, key, value)
+        if self._cache.is_attended_on_host(layer, batch):
+            arrival, output = self._cache.attend_on_host(layer, batch, query.contiguous())
+            self._let_others_go_on(passage)
+            arrival.wait()
+        else:
+            if not self._cache.rests_on_device(layer):
+                self._let_others_go_on(passage)
+            output = self._cache.attend_on_device(layer, batch, query, new_rows)
+        self._cache.attended(layer, batch)
+        return output
 
-    def _to_host(self, query: Tensor) -> Tensor:
-        self._ledger.count(DEVICE_TO_HOST, "activations", query.numel() * query.element_size())
-        return query.cpu()
-
-
-def _attend_seated(query: Tensor, cached: Any, ends: list[int], geometry: Any) -> Tensor:
-    """Attention of a decode chunk over rows in which its sequences may sit with idle seats between."""
-    num_rows = cached.keys.shape[1]
-    if cached.seats is None:
-        lengths = None if min(ends) == num_rows else torch.tensor(ends, device=query.device)
-        return decode_attention(query, cached.keys, cached.values, lengths, geometry)
-    seats = torch.tensor(cached.seats, device=query.device)
-    seated = query.new_zeros(cached.keys.shape[0], *query.shape[1:])
-    seated[seats] = query
-    lengths = torch.ones(cached.keys.shape[0], dtype=torch.long, device=query.device)
-    lengths[seats] = torch.tensor(ends, device=query.device)
-    return decode_attention(seated, cached.keys, cached.values, lengths, geometry)[seats]
+    def _let_others_go_on(self, passage: _Passage) -> None:
+        """Stop here until what this passage waits for is next in turn. Where host memory plays the device
+        there is one processor for everything, and nothing to gain."""
+        if not self._overlaps:
+            return
+        passage.stop_clock()
+        assert passage.parent is not None
+        passage.parent.switch()
+        passage.stop_clock = self._stopwatch.start(DEVICE_COMPUTE)
 
 
 def _num_tokens(work: BatchWork) -> int:

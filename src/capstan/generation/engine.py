@@ -1,6 +1,6 @@
 """The engine: a model, its weights in place, and the jobs that run on it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 
 from capstan.errors import DeviceError, InputError, UsageError
 from capstan.generation.batching import Length
+from capstan.generation.host_attention import reading_rate
 from capstan.generation.job import Job, OnProgress
 from capstan.generation.model import Model, dominant_dtype, open_model
 from capstan.generation.placement import Tier, parse_wish
@@ -23,7 +24,7 @@ from capstan.hardware import Machine, this_machine
 from capstan.plans import Plan, Trace, parse_bytes
 from capstan.storage import Checkpoint, DiskSlab
 from capstan.storage.slab import aligned
-from capstan.transport import Lane, Ledger
+from capstan.transport import Ledger
 
 # What an engine is opened for when nobody says: enough sequences that the block is not the limit.
 USUAL_LENGTHS = (Length(prompt=512, new=128),) * 64
@@ -137,16 +138,16 @@ class Engine:
             disk = None
             if encoded_bytes and disk_folder:
                 disk = opened.enter_context(DiskSlab(disk_folder, encoded_bytes))
-            lane = opened.enter_context(Lane("weights", device=device, ledger=ledger))
             model.skeleton.to(device)
             weights = WeightStore(
                 model.inventory,
                 tiers,
+                ring_slots=opening.placement.ring_slots,
                 checkpoint=model.checkpoint,
                 sources=model.sources,
                 device=device,
                 disk=disk,
-                lane=lane,
+                ledger=ledger,
             )
             opened.callback(weights.close)
             with torch.inference_mode():
@@ -206,8 +207,7 @@ class Engine:
 
     def plan_job(self, lengths: Sequence[Length], *, keeps_cache: bool = True) -> JobPlan:
         """The plan for sequences of these lengths, with the weights where they lie."""
-        tiers: Mapping[str, Tier] = self._opening.placement.weights
-        return self._planner.plan(lengths, weights=tiers, keeps_cache=keeps_cache)
+        return self._planner.plan(lengths, opened=self._opening.placement, keeps_cache=keeps_cache)
 
     def _sequences(self, index: int, request: Request, *, fits: int | None = None) -> list[Growing]:
         prompt = tokens_of(self.model, request.prompt)
@@ -289,7 +289,9 @@ def plan_for(
 ) -> tuple[Planner, torch.device]:
     """A planner for a model folder, without reading a weight; the arguments are those of `Engine.open`."""
     torch_device = _device(device)
-    machine = machine or this_machine(device=torch_device.type)
+    probed = this_machine(device=torch_device.type) if machine is None else None
+    machine = machine or probed
+    assert machine is not None
     checkpoint = checkpoint or Checkpoint(_existing(Path(folder)))
     model = open_model(
         Path(folder),
@@ -300,7 +302,15 @@ def plan_for(
         checkpoint=checkpoint,
     )
     budgets = _budgets(machine, torch_device, device_memory, host_memory, Path(disk) if disk else None)
-    return Planner(model=model, machine=machine, budgets=budgets, wish=parse_wish(place)), torch_device
+    rate = None if probed is None else min(reading_rate(layout) for layout in set(model.formats))
+    planner = Planner(
+        model=model,
+        machine=machine,
+        budgets=budgets,
+        wish=parse_wish(place),
+        host_attention_bytes_per_s=rate,
+    )
+    return planner, torch_device
 
 
 def _existing(folder: Path) -> Path:

@@ -1,44 +1,65 @@
 """What a job will move and how long it will take: the block schedule, played on lengths alone.
 
 Bytes are exact as long as every sequence generates all its tokens: the same `Block` that the engine runs
-decides who sits where, and each visit's traffic follows from the placement. Seconds are a model:
+decides who sits where, and each visit's traffic follows from the placement. Seconds are a model. Beside an
+accelerator, resources work at the same time, and a sweep takes
 
-    sweep = max over resources of the time each is busy      (an accelerator works beside its links)
-    sweep = device + copies, or disk if that is longer       (where a slice of host memory plays the device,
-                                                              copies are made by the processor that computes)
+    max(seconds of the busiest resource, (device + host attention) / batches) + overlap lost
+
+since each batch passes through device and host in turn; with room for two layers only, the next one's
+weights cannot cross while the last batches of this one are attended, which loses about a batch's share of the
+shorter of the two. Where a slice of host memory plays the device, copies are made by the processor that
+computes:
+
+    device + host attention + copies, or disk if that is longer
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from capstan.generation.batching import Block, BlockShape, Chunk, Length
-from capstan.generation.block_schedule import DEVICE_COMPUTE, HOST_ATTENTION
+from capstan.generation.batching import BatchWork, Block, BlockShape, Length
+from capstan.generation.block_schedule import DEVICE_COMPUTE
+from capstan.generation.kv_cache import HOST_ATTENTION
 from capstan.generation.model import Model
 from capstan.generation.placement import Placement, Tier
 from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE, HOST_TO_DISK
 from capstan.hardware import Machine
 from capstan.plans import Phase, Traffic
 
+# Handing a visit over to the host's threads and taking its result back.
+_HANDOVER_S = 2e-4
+
+# Host memory is read by its processors and by the links at the same time.
+HOST_MEMORY = "host memory"
+
 
 class SweepSize(NamedTuple):
     """What determines a sweep's cost."""
 
+    batches: int = 1
     tokens: int = 0
     decoding: int = 0  # sequences that decode
     rows_read: int = 0  # cached rows that they read, their own new ones apart
+    decoding_on_host: int = 0  # those of the two whose batches are attended on the host where
+    rows_read_on_host: int = 0  # their cache is not on the device
     chunks: int = 0
     prompt_square: int = 0  # sum of squared prompt lengths, for attention's arithmetic
 
 
-def size_of(chunks: Sequence[Chunk]) -> SweepSize:
-    """The size of a sweep over these chunks."""
-    decoding = [work for chunk in chunks if not chunk.is_prefill for work in chunk.works]
-    prompts = [work for chunk in chunks if chunk.is_prefill for work in chunk.works]
+def size_of(works: Sequence[BatchWork], on_host: frozenset[int]) -> SweepSize:
+    """The size of a sweep in which the batches `on_host` are attended there."""
+    chunks = [(work.batch, chunk) for work in works for chunk in work.chunks]
+    decoding = [(batch, work) for batch, chunk in chunks if not chunk.is_prefill for work in chunk.works]
+    prompts = [work for _, chunk in chunks if chunk.is_prefill for work in chunk.works]
+    hosted = [work for batch, work in decoding if batch in on_host]
     return SweepSize(
-        tokens=sum(chunk.num_tokens for chunk in chunks),
+        batches=len(works),
+        tokens=sum(chunk.num_tokens for _, chunk in chunks),
         decoding=len(decoding),
-        rows_read=sum(work.start for work in decoding),
+        rows_read=sum(work.start for _, work in decoding),
+        decoding_on_host=len(hosted),
+        rows_read_on_host=sum(work.start for work in hosted),
         chunks=len(chunks),
         prompt_square=sum(work.count**2 for work in prompts),
     )
@@ -68,13 +89,12 @@ def sweep_traffic(model: Model, placement: Placement, size: SweepSize, *, keeps_
             if tier == "device":
                 continue
             parts.append(_out_to(tier, "cache", size.tokens * layout.row_bytes))
-            read = size.rows_read * layout.row_bytes
-            if not placement.host_attention:
-                parts.append(_in_from(tier, "cache", read))
-                continue
-            parts.append(Traffic({(DISK_TO_HOST, "cache"): read if tier == "disk" else 0}))
+            crossing = (size.rows_read - size.rows_read_on_host) * layout.row_bytes
+            parts.append(_in_from(tier, "cache", crossing))
+            staying = size.rows_read_on_host * layout.row_bytes
+            parts.append(Traffic({(DISK_TO_HOST, "cache"): staying if tier == "disk" else 0}))
             geometry, itemsize = layout.geometry, model.anatomy.itemsize
-            each = size.decoding * geometry.num_query_heads * itemsize
+            each = size.decoding_on_host * geometry.num_query_heads * itemsize
             parts.append(Traffic({(DEVICE_TO_HOST, "activations"): each * geometry.key_size}))
             parts.append(Traffic({(HOST_TO_DEVICE, "activations"): each * geometry.value_size}))
     hidden = (model.num_layers + 1) * size.tokens * model.hidden_bytes
@@ -93,10 +113,18 @@ def _out_to(tier: Tier, content: str, size_bytes: int) -> Traffic:
     return Traffic({(link, content): size_bytes for link in links})
 
 
+class Rates(NamedTuple):
+    """The machine, and how fast its host attends rows of this model, in bytes per second."""
+
+    machine: Machine
+    host_attention: float
+
+
 def sweep_busy_s(
-    model: Model, placement: Placement, size: SweepSize, traffic: Traffic, machine: Machine
+    model: Model, placement: Placement, size: SweepSize, traffic: Traffic, rates: Rates
 ) -> dict[str, float]:
     """Seconds for which each resource is busy in a sweep."""
+    machine = rates.machine
     device, host = machine.device("device"), machine.device("host")
     rate = flops_rate(model, machine)
     flops = sum(layer.flops_per_token for layer in model.anatomy.layers) * size.tokens
@@ -105,21 +133,24 @@ def sweep_busy_s(
     # A unit's weights are read from device memory by every chunk, and written once when they are decoded.
     touched = size.chunks * weight_bytes
     touched += 2 * sum(each.decoded_bytes for unit in model.inventory.units for each in unit)
-    on_device = on_host = 0
+    on_device = on_host = layers_on_host = 0
     for layout, tier in zip(model.formats, placement.cache, strict=True):
-        read = size.rows_read * layout.row_bytes
         flops += 2 * size.prompt_square * layout.geometry.num_query_heads * layout.geometry.key_size
-        if tier != "device" and placement.host_attention:
-            on_host += read
-        else:
-            on_device += read
+        hosted = size.rows_read_on_host if tier != "device" else 0
+        on_host += hosted * layout.row_bytes
+        on_device += (size.rows_read - hosted) * layout.row_bytes
+        layers_on_host += tier != "device"
     busy = {link: machine_link_s(machine, link, traffic.on(link)) for link in traffic.links}
     busy[DEVICE_COMPUTE] = (
         max(flops / rate, (touched + on_device) / device.memory_bandwidth_bytes_per_s)
         + size.chunks * model.num_layers * model.anatomy.dispatch_s
     )
     if on_host:
-        busy[HOST_ATTENTION] = on_host / host.memory_bandwidth_bytes_per_s
+        visits = layers_on_host * len(placement.host_batches(size.batches))
+        busy[HOST_ATTENTION] = on_host / rates.host_attention + visits * _HANDOVER_S
+    if device.kind != "cpu":
+        crossing = traffic.on(HOST_TO_DEVICE) + traffic.on(DEVICE_TO_HOST)
+        busy[HOST_MEMORY] = (on_host + crossing) / host.memory_bandwidth_bytes_per_s
     return busy
 
 
@@ -136,10 +167,14 @@ def machine_link_s(machine: Machine, link: str, size_bytes: int) -> float:
     return machine.link(source, target).seconds(size_bytes) if size_bytes else 0.0
 
 
-def wall_s(busy_s: dict[str, float], machine: Machine) -> float:
-    """Seconds of a sweep in which resources are busy for so long (the formula above)."""
+def wall_s(busy_s: dict[str, float], placement: Placement, size: SweepSize, machine: Machine) -> float:
+    """Seconds of a sweep in which resources are busy for so long (the formulas above)."""
     if machine.device("device").kind != "cpu":
-        return max(busy_s.values())
+        device, host = busy_s[DEVICE_COMPUTE], busy_s.get(HOST_ATTENTION, 0.0)
+        longest = max(*busy_s.values(), (device + host) / size.batches)
+        if placement.ring_slots > 2 or size.batches == 1:
+            return longest
+        return longest + min(host, busy_s.get(HOST_TO_DEVICE, 0.0)) / size.batches
     disk = max((seconds for name, seconds in busy_s.items() if "disk" in name), default=0.0)
     return max(disk, sum(seconds for name, seconds in busy_s.items() if "disk" not in name))
 
@@ -178,7 +213,7 @@ def forecast(
     placement: Placement,
     shape: BlockShape,
     lengths: Sequence[Length],
-    machine: Machine,
+    rates: Rates,
     *,
     keeps_cache: bool = True,
 ) -> tuple[Phase, ...]:
@@ -188,13 +223,14 @@ def forecast(
     """
     block = Block(shape, lengths)
     sums = {PREFILL: _Sum(), DECODE: _Sum()}
+    on_host = placement.host_batches(len(shape.batches))
     while works := block.sweep():
-        chunks = [chunk for work in works for chunk in work.chunks]
-        size = size_of(chunks)
+        size = size_of(works, on_host)
         traffic = sweep_traffic(model, placement, size, keeps_cache=keeps_cache)
-        busy_s = sweep_busy_s(model, placement, size, traffic, machine)
+        busy_s = sweep_busy_s(model, placement, size, traffic, rates)
+        chunks = [chunk for work in works for chunk in work.chunks]
         name = PREFILL if any(chunk.is_prefill for chunk in chunks) else DECODE
         num_new = sum(len(chunk.works) for chunk in chunks) if keeps_cache else 0
-        sums[name].add(busy_s, wall_s(busy_s, machine), traffic, num_new)
+        sums[name].add(busy_s, wall_s(busy_s, placement, size, rates.machine), traffic, num_new)
         block.advance()
     return tuple(part.phase(name) for name, part in sums.items() if part.traffic)

@@ -15,7 +15,7 @@ from capstan.generation.activations import Activations
 from capstan.generation.batching import BatchWork, Block, BlockShape, Length, Work
 from capstan.generation.block_schedule import BlockSchedule, Pick
 from capstan.generation.forecast import DECODE, PREFILL
-from capstan.generation.kv_cache import KeyValueCache
+from capstan.generation.kv_cache import KeyValueCache, Lanes
 from capstan.generation.memory import demand_of, extent_of
 from capstan.generation.model import Model
 from capstan.generation.planner import JobPlan
@@ -133,7 +133,7 @@ class Job:
         block = Block(shape, lengths)
         with _Resources(self, shape, lengths) as resources:
             while works := block.sweep():
-                ended = self._sweep(resources, works, waiting, block.num_running)
+                ended = self._sweep(resources, works, waiting, block)
                 block.finish(ended)
                 block.advance()
                 yield from self._deliver([waiting[index] for index in ended])
@@ -146,7 +146,7 @@ class Job:
                 yield sequence
 
     def _sweep(
-        self, resources: "_Resources", works: list[BatchWork], waiting: list[Growing], num_running: int
+        self, resources: "_Resources", works: list[BatchWork], waiting: list[Growing], block: Block
     ) -> list[int]:
         """Compute a sweep; returns which sequences are over."""
         ended: list[int] = []
@@ -164,6 +164,7 @@ class Job:
                 ],
                 positions_of=lambda work: self._positions(work, waiting[work.sequence]),
                 on_logits=on_logits,
+                is_last=not block.goes_on,
             )
             resources.settle()
         if live is not None:
@@ -171,7 +172,7 @@ class Job:
         self._num_sweeps += 1
         self._measure(works, before, time.perf_counter() - start_s, self._num_generated - generated_before)
         if self._on_progress is not None:
-            self._on_progress(self._progress(num_running - len(ended)))
+            self._on_progress(self._progress(block.num_running - len(ended)))
         return ended
 
     def _positions(self, work: Work, sequence: Growing) -> range:
@@ -306,23 +307,20 @@ class _Resources:
         if scratch_bytes:
             assert job._disk_folder is not None, "the planner uses no disk that was not granted"
             disk = self._stack.enter_context(DiskSlab(job._disk_folder, scratch_bytes))
-        self._lanes = [
-            self._stack.enter_context(Lane(name, device=device, ledger=ledger))
-            for name in ("cache in", "cache out", "activations in", "activations out")
-        ]
-        cache_in, cache_out, hidden_in, hidden_out = self._lanes
+        names = ("cache in", "cache out", "host attention", "results in", "activations in", "activations out")
+        self._lanes = [self._stack.enter_context(Lane(name, device=device, ledger=ledger)) for name in names]
+        *cache_lanes, hidden_in, hidden_out = self._lanes
         cache = None
         if job._keeps_cache:
             cache = KeyValueCache(
                 model.formats,
-                placement.cache,
+                placement,
                 self._shape,
                 tokens=extent.chunk_tokens,
-                host_attention=placement.host_attention,
                 device=device,
                 disk=disk,
-                lane_in=cache_in,
-                lane_out=cache_out,
+                lanes=Lanes(*cache_lanes),
+                ledger=ledger,
             )
             self._stack.callback(cache.close)
         activations = Activations(
@@ -348,7 +346,6 @@ class _Resources:
             job._weights,
             activations,
             cache=cache,
-            host_attention=placement.host_attention,
             logit_rows=job._plan.logit_rows,
             device=device,
             ledger=ledger,
@@ -364,6 +361,9 @@ class _Resources:
         self._stopwatch.settle()
 
     def __exit__(self, *_: object) -> None:
-        for lane in self._lanes:
-            lane.close()
-        self._stack.close()
+        try:
+            self._job._weights.forget()
+        finally:
+            for lane in self._lanes:
+                lane.close()
+            self._stack.close()

@@ -4,110 +4,38 @@ For each layer and GPU batch there is one region `[slots, capacity, row bytes]`.
 leaves behind, keys then values, encoded; row = position. So appending a token writes one run of bytes for
 each sequence, reading a sequence reads one run, and a region rests in a device slab, a host slab or a
 scratch file in the same form.
+
+Rows that are away from the device are attended in one of two ways, batch by batch: they cross to the device,
+through a ring that is filled ahead in the order of the schedule; or the queries cross to the host, where the
+rows are read in place while the device goes on with other batches.
 """
 
 from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from capstan.codecs import Codec, Identity
-from capstan.generation.attention import AttentionGeometry
-from capstan.generation.batching import BlockShape, Chunk, Work
-from capstan.generation.inventory import decoding_scratch_bytes
-from capstan.generation.placement import Tier
+from capstan.generation.attention import decode_attention, visible_rows
+from capstan.generation.batching import BatchWork, BlockShape, Chunk, Work
+from capstan.generation.host_attention import Seats, attend_on_host, reads_in_place
+from capstan.generation.placement import Placement, Tier
+from capstan.generation.row_format import RowFormat
 from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE, HOST_TO_DISK
 from capstan.storage import DiskSlab, Slab
 from capstan.storage.slab import aligned
-from capstan.transport import Lane, Ticket
+from capstan.transport import Lane, Ledger, Stopwatch, Ticket
 
-# So many chunks' new rows may wait in device memory for their way out.
+HOST_ATTENTION = "host attention"
+
+# So many chunks of prompts may wait in device memory for their rows to leave.
 ROWS_IN_FLIGHT = 2
 
-
-@dataclass(frozen=True, kw_only=True)
-class RowFormat:
-    """How one token's keys and values of one layer become bytes."""
-
-    geometry: AttentionGeometry
-    codec: Codec
-    dtype: torch.dtype
-    device_type: str
-
-    @property
-    def _key_shape(self) -> tuple[int, int]:
-        return (self.geometry.num_key_heads, self.geometry.key_size)
-
-    @property
-    def _value_shape(self) -> tuple[int, int]:
-        return (self.geometry.num_key_heads, self.geometry.value_size)
-
-    @cached_property
-    def key_bytes(self) -> int:
-        return self.codec.encoded_bytes((1, *self._key_shape), self.dtype)
-
-    @cached_property
-    def row_bytes(self) -> int:
-        return self.key_bytes + self.codec.encoded_bytes((1, *self._value_shape), self.dtype)
-
-    @property
-    def is_plain(self) -> bool:
-        return isinstance(self.codec, Identity)
-
-    def decoded_bytes(self, num_rows: int) -> int:
-        """Bytes that reading `num_rows` rows takes apart from the rows: decoded keys and values, the
-        payloads cut out for decoding, and the codec's own scratch."""
-        if self.is_plain:
-            return 0
-        decoded = num_rows * self.geometry.cached_elements * self.dtype.itemsize
-        scratch = max(
-            decoding_scratch_bytes(
-                self.codec, (num_rows, *shape), self.dtype, self.dtype, device_type=self.device_type
-            )
-            for shape in (self._key_shape, self._value_shape)
-        )
-        return decoded + num_rows * self.row_bytes + scratch
-
-    def encode(self, key: Tensor, value: Tensor) -> Tensor:
-        """key `[tokens, key heads, size]`, value alike → rows `[tokens, row bytes]`."""
-        count = key.shape[0]
-        parts = [self.codec.encode(part).payload.view(count, -1) for part in (key, value)]
-        return torch.cat(parts, dim=1)
-
-    def decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows `[sequences, rows, row bytes]` → keys and values `[sequences, rows, key heads, size]`."""
-        if self.is_plain:
-            values = rows.view(self.dtype)
-            split = self.key_bytes // self.dtype.itemsize
-            keys, values = values[..., :split], values[..., split:]
-            return keys.unflatten(-1, self._key_shape), values.unflatten(-1, self._value_shape)
-        keys, values = rows[..., : self.key_bytes], rows[..., self.key_bytes :]
-        return self._decode(keys, self._key_shape), self._decode(values, self._value_shape)
-
-    def _decode(self, payload: Tensor, shape: tuple[int, int]) -> Tensor:
-        full = (*payload.shape[:2], *shape)
-        out = torch.empty(full, dtype=self.dtype, device=payload.device)
-        self.codec.decode_into(payload.reshape(-1), full, self.dtype, out)
-        return out
-
-
-class CacheBuffers(NamedTuple):
-    """Sizes of what a block's cache needs beside its regions."""
-
-    device_slot_bytes: int
-    host_slot_bytes: int
-    outgoing_bytes: int
-
-    @property
-    def device_bytes(self) -> int:
-        return 2 * self.device_slot_bytes
-
-    @property
-    def host_bytes(self) -> int:
-        return 2 * self.host_slot_bytes + self.outgoing_bytes
+# Batches whose rows are brought ahead of the one that is attended.
+_RING_SLOTS = 2
 
 
 def region_bytes(
@@ -119,38 +47,106 @@ def region_bytes(
     return sum(layers * aligned(count * row_bytes) for row_bytes, layers in widths.items() for count in rows)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheBuffers:
+    """Sizes of what a block's cache needs beside its regions."""
+
+    ring_slot_bytes: int  # rows of one batch on their way to the device
+    staging_slot_bytes: int  # rows of one batch on their way from disk
+    outgoing_bytes: int  # rows of a chunk of prompts on their way to disk
+    desk_bytes: int  # new rows, queries and results of decoding sequences, on the host
+    result_bytes: int  # results of host attention, on the device
+
+    @property
+    def device_bytes(self) -> int:
+        return _RING_SLOTS * self.ring_slot_bytes + self.result_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        return _RING_SLOTS * self.staging_slot_bytes + self.outgoing_bytes + self.desk_bytes
+
+
 def cache_buffers(
-    formats: tuple[RowFormat, ...],
-    tiers: tuple[Tier, ...],
-    shape: BlockShape,
-    *,
-    tokens: int,
-    host_attention: bool,
+    formats: tuple[RowFormat, ...], placement: Placement, shape: BlockShape, *, tokens: int
 ) -> CacheBuffers:
-    """The ring buffers that bring rows to the device or from disk, and the staging of outgoing rows, of
-    which a chunk has at most `tokens`."""
-    rows = max(batch.slots * batch.capacity for batch in shape.batches)
+    """The buffers beside the regions, when a chunk of prompts has at most `tokens`."""
+    on_host = placement.host_batches(len(shape.batches))
+    rows = [batch.slots * batch.capacity for batch in shape.batches]
 
     def widest(*where: Tier) -> int:
-        pairs = zip(formats, tiers, strict=True)
+        pairs = zip(formats, placement.cache, strict=True)
         return max((layout.row_bytes for layout, tier in pairs if tier in where), default=0)
 
+    crossing = max((count for batch, count in enumerate(rows) if batch not in on_host), default=0)
+    desks = [_Desk.sizes(formats, placement, batch.slots) for batch in shape.batches]
     return CacheBuffers(
-        device_slot_bytes=0 if host_attention else aligned(rows * widest("host", "disk")),
-        host_slot_bytes=aligned(rows * widest("disk")),
-        outgoing_bytes=aligned(tokens * widest("host", "disk")),
+        ring_slot_bytes=aligned(crossing * widest("host", "disk")),
+        staging_slot_bytes=aligned(max(rows) * widest("disk")),
+        outgoing_bytes=aligned(tokens * widest("disk")),
+        desk_bytes=sum(sum(sizes) for sizes in desks),
+        result_bytes=sum(desks[batch].result for batch in on_host),
     )
 
 
-class CachedRows(NamedTuple):
-    """Keys and values `[sequences, rows, key heads, size]` of a decode chunk.
+class Lanes(NamedTuple):
+    """What moves a cache's rows: to the device, away from it; and attention on the host with its results."""
 
-    `seats[i]` is where the chunk's i-th sequence sits among them; None says that they sit in order.
-    """
+    rows_in: Lane
+    rows_out: Lane
+    attention: Lane
+    results: Lane
 
-    keys: Tensor
-    values: Tensor
-    seats: list[int] | None
+
+class _DeskSizes(NamedTuple):
+    rows: int
+    queries: int
+    result: int
+
+
+class _Desk:
+    """Host memory through which one batch's decoding sequences pass on their way between device and cache."""
+
+    @staticmethod
+    def sizes(formats: tuple[RowFormat, ...], placement: Placement, slots: int) -> _DeskSizes:
+        away = [layout for layout, tier in zip(formats, placement.cache, strict=True) if tier != "device"]
+        heads = [(layout.geometry, layout.dtype.itemsize) for layout in away]
+        return _DeskSizes(
+            aligned(slots * max((layout.row_bytes for layout in away), default=0)),
+            aligned(slots * max((g.num_query_heads * g.key_size * size for g, size in heads), default=0)),
+            aligned(slots * max((g.num_query_heads * g.value_size * size for g, size in heads), default=0)),
+        )
+
+    def __init__(self, slab: Slab, sizes: _DeskSizes) -> None:
+        self.rows, self.queries, self.result = (slab.take(size) for size in sizes)
+
+
+@dataclass
+class _Decoding:
+    """The sequences of one batch that decode in this sweep; tensors that every layer uses."""
+
+    chunk: Chunk
+    seats: Seats  # on the host, in a region
+    slots: Tensor  # on the device
+    starts: Tensor
+    ends: list[int]
+    masks: dict[tuple[bool, int | None], Tensor | None]
+
+    @property
+    def num_rows(self) -> int:
+        return max(self.ends)
+
+    @property
+    def span(self) -> slice:
+        """The slots from the first to the last that decodes."""
+        slots = [work.slot for work in self.chunk.works]
+        return slice(min(slots), max(slots) + 1)
+
+
+class _Fetch(NamedTuple):
+    """Rows of one batch and layer on their way."""
+
+    ticket: Ticket
+    target: Tensor  # (sequences, rows, row bytes)
 
 
 class KeyValueCache:
@@ -159,36 +155,37 @@ class KeyValueCache:
     def __init__(
         self,
         formats: tuple[RowFormat, ...],
-        tiers: tuple[Tier, ...],
+        placement: Placement,
         shape: BlockShape,
         *,
         tokens: int,
-        host_attention: bool,
         device: torch.device,
         disk: DiskSlab | None,
-        lane_in: Lane,
-        lane_out: Lane,
+        lanes: Lanes,
+        ledger: Ledger,
     ) -> None:
-        self._formats, self._tiers, self._shape = formats, tiers, shape
-        self._host_attention, self._device, self._disk = host_attention, device, disk
-        self._lane_in, self._lane_out = lane_in, lane_out
-        buffers = cache_buffers(formats, tiers, shape, tokens=tokens, host_attention=host_attention)
-        pinned = device.type == "cuda"
+        self._formats, self._tiers, self._shape = formats, placement.cache, shape
+        self._host_batches = placement.host_batches(len(shape.batches))
+        self._device, self._disk, self._lanes, self._ledger = device, disk, lanes, ledger
+        buffers = cache_buffers(formats, placement, shape, tokens=tokens)
         self._device_slab = Slab(
             "KV cache on the device",
-            region_bytes(formats, tiers, shape, "device") + buffers.device_bytes,
+            region_bytes(formats, self._tiers, shape, "device") + buffers.device_bytes,
             device=device,
         )
         self._host_slab = Slab(
             "KV cache on the host",
-            region_bytes(formats, tiers, shape, "host") + buffers.host_bytes,
+            region_bytes(formats, self._tiers, shape, "host") + buffers.host_bytes,
             device=torch.device("cpu"),
-            pinned=pinned,
+            pinned=device.type == "cuda",
         )
-        self._ring = [self._device_slab.take(buffers.device_slot_bytes) for _ in range(2)]
-        self._staging = [self._host_slab.take(buffers.host_slot_bytes) for _ in range(2)]
-        self._staged: list[torch.cuda.Event | None] = [None, None]
+        self._ring = [self._device_slab.take(buffers.ring_slot_bytes) for _ in range(_RING_SLOTS)]
+        self._staging = [self._host_slab.take(buffers.staging_slot_bytes) for _ in range(_RING_SLOTS)]
+        self._staged: list[torch.cuda.Event | None] = [None] * _RING_SLOTS
         self._outgoing = self._host_slab.take(buffers.outgoing_bytes)
+        sizes = [_Desk.sizes(formats, placement, batch.slots) for batch in shape.batches]
+        self._desks = [_Desk(self._host_slab, each) for each in sizes]
+        self._results = {batch: self._device_slab.take(sizes[batch].result) for batch in self._host_batches}
         self._regions = {
             (layer, batch): self._region(layer, batch)
             for layer in range(len(formats))
@@ -196,8 +193,10 @@ class KeyValueCache:
         }
         self._stored: dict[tuple[int, int], Ticket] = {}
         self._leaving: deque[Ticket] = deque()
-        self._fetches = 0
-        self._arriving: dict[tuple[int, int], tuple[Ticket, Tensor]] = {}
+        self._decoding: dict[int, _Decoding] = {}
+        self._to_fetch: deque[tuple[int, int]] = deque()
+        self._fetches: dict[tuple[int, int], _Fetch] = {}
+        self._num_fetched = 0
 
     @property
     def device_bytes(self) -> int:
@@ -217,87 +216,197 @@ class KeyValueCache:
         slab = self._device_slab if self._tiers[layer] == "device" else self._host_slab
         return slab.take(size).view(shape.slots, shape.capacity, row_bytes)
 
+    def is_attended_on_host(self, layer: int, batch: int) -> bool:
+        """Whether the queries of this visit cross to the host."""
+        return self._tiers[layer] != "device" and batch in self._host_batches
+
     def rests_on_device(self, layer: int) -> bool:
         return self._tiers[layer] == "device"
 
+    # --- a sweep -----------------------------------------------------------------------------------------
+
+    def begin(self, works: Sequence[BatchWork]) -> None:
+        """Start a sweep: the rows that it will read begin to arrive, in the order of the schedule."""
+        self._decoding = {
+            work.batch: self._decoding_of(chunk)
+            for work in works
+            for chunk in work.chunks
+            if not chunk.is_prefill
+        }
+        self._fetches = {}
+        self._to_fetch = deque(
+            (layer, batch)
+            for layer in range(len(self._tiers))
+            for batch in self._decoding
+            if self._is_brought(layer, batch)
+        )
+        for _ in range(_RING_SLOTS):
+            self._fetch_next()
+
+    def _decoding_of(self, chunk: Chunk) -> _Decoding:
+        slots, ends = [work.slot for work in chunk.works], [work.end for work in chunk.works]
+        seats = Seats.of(slots, ends)
+        return _Decoding(
+            chunk=chunk,
+            seats=seats,
+            slots=seats.slots.long().to(self._device),
+            starts=(seats.ends.long() - 1).to(self._device),
+            ends=ends,
+            masks={},
+        )
+
     # --- reading -----------------------------------------------------------------------------------------
 
-    def prefetch(self, layer: int, batch: int, chunk: Chunk) -> None:
-        """Start bringing the rows that a decode chunk will read to where it will read them."""
-        tier = self._tiers[layer]
-        if chunk.is_prefill or (layer, batch) in self._arriving or tier == "device":
+    def _fetch_next(self) -> None:
+        """Start bringing the next rows to where they will be read; their slot of the ring is free."""
+        if not self._to_fetch:
             return
-        if self._host_attention and tier == "host":
-            return
-        slot = self._fetches % 2
-        self._fetches += 1
-        # (sequences, rows, row bytes); the last row of each is the new token's, written when it is known
-        rows = (self._staging if self._host_attention else self._ring)[slot]
-        shape = (len(chunk.works), max(work.end for work in chunk.works), self._formats[layer].row_bytes)
-        target = rows[: shape[0] * shape[1] * shape[2]].view(shape)
+        layer, batch = self._to_fetch.popleft()
+        slot = self._num_fetched % _RING_SLOTS
+        self._num_fetched += 1
+        works, width = self._decoding[batch].chunk.works, self._formats[layer].row_bytes
+        # The last row of each sequence is the new token's, written when it is known.
+        shape = (len(works), self._decoding[batch].num_rows, width)
+        place = self._staging if batch in self._host_batches else self._ring
+        target = place[slot][: shape[0] * shape[1] * shape[2]].view(shape)
         stored = self._stored.get((layer, batch))
-        ticket = self._lane_in.submit(
-            lambda: self._bring(layer, batch, chunk, slot, target), after=[stored] if stored else []
+        ticket = self._lanes.rows_in.submit(
+            lambda: self._bring(layer, batch, works, slot, target), after=[stored] if stored else []
         )
-        self._arriving[layer, batch] = (ticket, target)
+        self._fetches[layer, batch] = _Fetch(ticket, target)
 
-    def _bring(self, layer: int, batch: int, chunk: Chunk, slot: int, target: Tensor) -> None:
+    def _bring(self, layer: int, batch: int, works: Sequence[Work], slot: int, target: Tensor) -> None:
+        lane, width = self._lanes.rows_in, self._formats[layer].row_bytes
         free = self._staged[slot]
         if free is not None:
             free.synchronize()
-        width, staged = self._formats[layer].row_bytes, 0
-        for index, work in enumerate(chunk.works):
-            size = work.start * width
-            if self._tiers[layer] == "disk":
-                source = target[index, : work.start].view(-1)
-                if not self._host_attention:
-                    source = self._staging[slot][staged : staged + size]
-                    staged += size
-                with self._lane_in.booking(DISK_TO_HOST, "cache", size):
-                    self._read_disk(layer, batch, work, source)
-            else:
-                source = self._region_rows(layer, batch)[work.slot, : work.start].view(-1)
-            if not self._host_attention:
-                goal = target[index, : work.start].view(-1)
-                self._lane_in.copy(goal, source, link=HOST_TO_DEVICE, content="cache")
-            # Rows beyond a sequence's end are masked, but a NaN among them would survive the mask.
-            target[index, work.start :].zero_()
-        self._staged[slot] = self._lane_in.fence()
+        # Rows beyond a sequence's end are masked, but a NaN among them would survive the mask.
+        target[:, min(work.start for work in works) :].zero_()
+        sources = [self._source(layer, batch, work, slot, target[index]) for index, work in enumerate(works)]
+        if batch in self._host_batches:
+            return
+        with lane.stopwatch.time(HOST_TO_DEVICE):
+            for index, (work, source) in enumerate(zip(works, sources, strict=True)):
+                target[index, : work.start].view(-1).copy_(source, non_blocking=True)
+        size = sum(work.start for work in works) * width
+        self._ledger.count(HOST_TO_DEVICE, "cache", size)
+        self._staged[slot] = lane.fence()
 
-    def arrive(self, layer: int, batch: int) -> None:
-        """Wait for the rows that were prefetched for this visit."""
-        if (layer, batch) in self._arriving:
-            ticket, _ = self._arriving[layer, batch]
-            if self._host_attention:
-                ticket.wait_on_host()
-            else:
-                ticket.wait()
+    def _source(self, layer: int, batch: int, work: Work, slot: int, target: Tensor) -> Tensor:
+        """A sequence's rows on the host, flat; read from disk if they rest there."""
+        width = self._formats[layer].row_bytes
+        size = work.start * width
+        if self._tiers[layer] == "host":
+            return self._region_rows(layer, batch)[work.slot, : work.start].view(-1)
+        source = target[: work.start].view(-1)
+        if batch not in self._host_batches:
+            start = work.slot * self._shape.batches[batch].capacity * width
+            source = self._staging[slot][start : start + size]
+        assert self._disk is not None
+        with self._lanes.rows_in.booking(DISK_TO_HOST, "cache", size):
+            self._disk.read(self._disk_offset(layer, batch, work), source)
+        return source
 
-    def rows(self, layer: int, batch: int, chunk: Chunk, new_rows: Tensor) -> CachedRows:
-        """Keys and values for a decode chunk, the new tokens' among them; on the device, or on the host if
-        attention runs there.
+    def attend_on_device(self, layer: int, batch: int, query: Tensor, new_rows: Tensor) -> Tensor:
+        """Attend the decoding sequences of a batch on the device, the new tokens' rows `[sequences, row
+        bytes]`, already appended, among theirs.
 
-        `new_rows` `[sequences, row bytes]` must be on the side where attention runs.
+        query: `[sequences, heads, size]`. Returns `[sequences, heads, value size]`.
         """
-        if (layer, batch) in self._arriving:
-            return self._arrived_rows(layer, batch, chunk, new_rows)
-        if self._tiers[layer] == "host":  # attended in place: the new rows must lie there first
-            self._wait_until_stored(layer, batch)
-        region = self._region_rows(layer, batch)
-        slots = [work.slot for work in chunk.works]
-        first, last = min(slots), max(slots)
+        decoding, layout = self._decoding[batch], self._formats[layer]
+        rows, seats = self._rows_on_device(layer, batch, new_rows)
+        if query.device.type == "cpu" and reads_in_place(layout, query.dtype):
+            geometry = layout.geometry
+            out = query.new_empty(len(query), geometry.num_query_heads, geometry.value_size)
+            attend_on_host(query.contiguous(), rows, layout, seats, out=out)
+            return out
         # Idle slots in between are attended too, for one row, which costs less than copying the others.
-        here = region[first : last + 1, : max(work.end for work in chunk.works)]
-        seats = None if len(slots) == last + 1 - first else [slot - first for slot in slots]
-        return CachedRows(*self._formats[layer].decode(here), seats)
+        slots = seats.slots.tolist()
+        here = rows[min(slots) : max(slots) + 1, : decoding.num_rows]
+        is_dense = len(here) == len(slots)
+        visible = self._mask(decoding, layout.geometry.sliding_window, dense=is_dense)
+        keys, values = layout.decode(here)
+        if is_dense:
+            return decode_attention(query, keys, values, visible, layout.geometry)
+        places = decoding.slots - min(slots)
+        seated = query.new_zeros(len(here), *query.shape[1:])
+        seated[places] = query
+        return decode_attention(seated, keys, values, visible, layout.geometry)[places]
 
-    def _arrived_rows(self, layer: int, batch: int, chunk: Chunk, new_rows: Tensor) -> CachedRows:
-        self.arrive(layer, batch)
-        _, target = self._arriving.pop((layer, batch))
-        index = torch.arange(len(chunk.works), device=target.device)
-        ends = torch.tensor([work.start for work in chunk.works], device=target.device)
-        target[index, ends] = new_rows
-        return CachedRows(*self._formats[layer].decode(target), None)
+    def _rows_on_device(self, layer: int, batch: int, new_rows: Tensor) -> tuple[Tensor, Seats]:
+        """`[slots, rows, row bytes]`, and who sits where in them."""
+        decoding = self._decoding[batch]
+        if (layer, batch) not in self._fetches:
+            return self._region_rows(layer, batch), decoding.seats
+        fetch = self._fetches.pop((layer, batch))
+        fetch.ticket.wait()
+        order = range(len(decoding.ends))
+        fetch.target[torch.arange(len(order), device=self._device), decoding.starts] = new_rows
+        return fetch.target, Seats.of(list(order), decoding.ends)
+
+    def attended(self, layer: int, batch: int) -> None:
+        """The rows of a visit have been read: if they were brought, their slot is for the next to come."""
+        if self._is_brought(layer, batch):
+            self._fetch_next()
+
+    def _is_brought(self, layer: int, batch: int) -> bool:
+        """Whether a visit's rows are read elsewhere than where they rest."""
+        tier = self._tiers[layer]
+        return tier == "disk" or (tier == "host" and batch not in self._host_batches)
+
+    def _mask(self, decoding: _Decoding, window: int | None, *, dense: bool) -> Tensor | None:
+        if (dense, window) not in decoding.masks:
+            ends = torch.tensor(decoding.ends)
+            if not dense:  # an idle slot in between shows one row
+                span = decoding.span
+                seated = torch.ones(span.stop - span.start, dtype=torch.long)
+                seated[decoding.seats.slots.long() - span.start] = ends
+                ends = seated
+            mask = visible_rows(ends, decoding.num_rows, window)
+            decoding.masks[dense, window] = None if mask is None else mask.to(self._device)
+        return decoding.masks[dense, window]
+
+    # --- attention on the host ---------------------------------------------------------------------------
+
+    def attend_on_host(self, layer: int, batch: int, query: Tensor) -> tuple[Ticket, Tensor]:
+        """Attend the decoding sequences of a batch, whose new rows have been appended, where rows rest.
+
+        query: `[sequences, heads, size]` on the device. Returns what says that the result is there, and the
+        result, `[sequences, heads, value size]` on the device.
+        """
+        lanes, layout, decoding = self._lanes, self._formats[layer], self._decoding[batch]
+        geometry, count = layout.geometry, len(decoding.ends)
+        desk = self._desks[batch]
+        queries = _shaped(desk.queries, query.dtype, (count, geometry.num_query_heads, geometry.key_size))
+        shape = (count, geometry.num_query_heads, geometry.value_size)
+        found = _shaped(desk.result, query.dtype, shape)
+        result = _shaped(self._results[batch], query.dtype, shape)
+        fetch = self._fetches.pop((layer, batch), None)
+
+        def send() -> None:
+            lanes.rows_out.copy(queries, query, link=DEVICE_TO_HOST, content="activations")
+            lanes.rows_out.synchronize()
+
+        def attend() -> None:
+            with Stopwatch(self._ledger, torch.device("cpu")).time(HOST_ATTENTION):
+                if fetch is None:
+                    attend_on_host(
+                        queries, self._region_rows(layer, batch), layout, decoding.seats, out=found
+                    )
+                    return
+                rows = _shaped(desk.rows, torch.uint8, (count, layout.row_bytes))
+                for index, end in enumerate(decoding.ends):
+                    fetch.target[index, end - 1] = rows[index]
+                attend_on_host(
+                    queries, fetch.target, layout, Seats.of(list(range(count)), decoding.ends), out=found
+                )
+
+        def bring() -> None:
+            lanes.results.copy(result, found, link=HOST_TO_DEVICE, content="activations")
+
+        sent = lanes.rows_out.submit(send, uses=[query])
+        attended = lanes.attention.submit(attend, after=[sent, *([fetch.ticket] if fetch else [])])
+        return lanes.results.submit(bring, after=[attended]), result
 
     # --- writing -----------------------------------------------------------------------------------------
 
@@ -308,48 +417,61 @@ class KeyValueCache:
         """
         rows = self._formats[layer].encode(key, value)
         if self._tiers[layer] == "device":
-            _scatter(self._region_rows(layer, batch), chunk, rows)
+            self._put(self._region_rows(layer, batch), batch, chunk, rows)
             return rows
-        self._let_rows_leave()
-        self._stored[layer, batch] = self._lane_out.submit(
-            lambda: self._send(layer, batch, chunk, rows), uses=[rows]
-        )
-        self._leaving.append(self._stored[layer, batch])
+        send = self._send_prompts if chunk.is_prefill else self._send_tokens
+        ticket = self._lanes.rows_out.submit(lambda: send(layer, batch, chunk, rows), uses=[rows])
+        self._stored[layer, batch] = ticket
+        if chunk.is_prefill:  # rows stay in device memory until they have been sent
+            self._leaving.append(ticket)
+            if len(self._leaving) > ROWS_IN_FLIGHT:
+                self._leaving.popleft().wait_on_host()
         return rows
 
-    def _let_rows_leave(self) -> None:
-        """Rows stay in device memory until they have been sent: wait while too many still do."""
-        while len(self._leaving) >= ROWS_IN_FLIGHT:
-            self._leaving.popleft().wait_on_host()
-
-    def _send(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
-        width = self._formats[layer].row_bytes
-        if self._tiers[layer] == "host" and chunk.is_prefill:
-            start = 0
-            for work in chunk.works:  # a prompt's rows lie side by side in its slot
-                target = self._region_rows(layer, batch)[work.slot, work.start : work.end]
-                source = rows[start : start + work.count]
-                self._lane_out.copy(target, source, link=DEVICE_TO_HOST, content="cache")
-                start += work.count
+    def _put(self, region: Tensor, batch: int, chunk: Chunk, rows: Tensor) -> None:
+        """Put a chunk's rows into their region on the device."""
+        if not chunk.is_prefill:
+            decoding = self._decoding[batch]
+            region[decoding.slots, decoding.starts] = rows
             return
-        staging = self._outgoing[: rows.numel()].view(rows.shape)
-        self._lane_out.copy(staging, rows, link=DEVICE_TO_HOST, content="cache")
-        self._lane_out.synchronize()
+        for work, run in _runs(chunk):
+            region[work.slot, work.start : work.end] = rows[run]
+
+    def _send_prompts(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
+        """A prompt's rows lie side by side in its slot."""
+        lane = self._lanes.rows_out
         if self._tiers[layer] == "host":
-            _scatter(self._region_rows(layer, batch), chunk, staging)
+            region = self._region_rows(layer, batch)
+            with lane.stopwatch.time(DEVICE_TO_HOST):
+                for work, run in _runs(chunk):
+                    region[work.slot, work.start : work.end].copy_(rows[run], non_blocking=True)
+            self._ledger.count(DEVICE_TO_HOST, "cache", rows.numel())
             return
-        with self._lane_out.booking(HOST_TO_DISK, "cache", rows.numel()):
-            start = 0
-            for work in chunk.works:
-                offset = self._disk_offset(layer, batch, work) + work.start * width
-                assert self._disk is not None
-                self._disk.write(offset, staging[start : start + work.count].view(-1))
-                start += work.count
+        staging = _shaped(self._outgoing, torch.uint8, tuple(rows.shape))
+        lane.copy(staging, rows, link=DEVICE_TO_HOST, content="cache")
+        lane.synchronize()
+        self._write_disk(layer, batch, chunk, staging)
 
-    def _wait_until_stored(self, layer: int, batch: int) -> None:
-        ticket = self._stored.get((layer, batch))
-        if ticket is not None:
-            ticket.wait_on_host()
+    def _send_tokens(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
+        """One row for each sequence, by way of its batch's desk."""
+        lane = self._lanes.rows_out
+        staging = _shaped(self._desks[batch].rows, torch.uint8, tuple(rows.shape))
+        lane.copy(staging, rows, link=DEVICE_TO_HOST, content="cache")
+        lane.synchronize()
+        if self._tiers[layer] == "disk":
+            self._write_disk(layer, batch, chunk, staging)
+            return
+        region = self._region_rows(layer, batch)
+        for work, run in _runs(chunk):
+            region[work.slot, work.start : work.end] = staging[run]
+
+    def _write_disk(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
+        assert self._disk is not None
+        width = self._formats[layer].row_bytes
+        with self._lanes.rows_out.booking(HOST_TO_DISK, "cache", rows.numel()):
+            for work, run in _runs(chunk):
+                offset = self._disk_offset(layer, batch, work) + work.start * width
+                self._disk.write(offset, rows[run].view(-1))
 
     # --- places ------------------------------------------------------------------------------------------
 
@@ -363,26 +485,22 @@ class KeyValueCache:
         assert isinstance(region, int)
         return region + work.slot * self._shape.batches[batch].capacity * self._formats[layer].row_bytes
 
-    def _read_disk(self, layer: int, batch: int, work: Work, target: Tensor) -> None:
-        assert self._disk is not None
-        self._disk.read(self._disk_offset(layer, batch, work), target)
-
     def close(self) -> None:
         """Give the memory back; the lanes must be idle."""
-        self._regions, self._ring, self._staging = {}, [], []
-        self._arriving = {}
+        self._regions, self._ring, self._staging, self._desks, self._results = {}, [], [], [], {}
+        self._fetches, self._decoding = {}, {}
         self._device_slab.close()
         self._host_slab.close()
 
 
-def _scatter(region: Tensor, chunk: Chunk, rows: Tensor) -> None:
-    """Put a chunk's rows `[tokens, row bytes]` into their region `[slots, capacity, row bytes]`."""
-    if not chunk.is_prefill:
-        slots = torch.tensor([work.slot for work in chunk.works], device=region.device)
-        positions = torch.tensor([work.start for work in chunk.works], device=region.device)
-        region[slots, positions] = rows
-        return
+def _runs(chunk: Chunk) -> Iterator[tuple[Work, slice]]:
+    """Each piece of work with its run of the chunk's tokens."""
     start = 0
     for work in chunk.works:
-        region[work.slot, work.start : work.end] = rows[start : start + work.count]
+        yield work, slice(start, start + work.count)
         start += work.count
+
+
+def _shaped(run: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The beginning of flat uint8 memory, seen as a tensor."""
+    return run[: prod(shape) * dtype.itemsize].view(dtype).view(shape)

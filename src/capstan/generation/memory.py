@@ -3,10 +3,12 @@
 Every term is a buffer that the engine allocates with exactly that size, or an upper bound of temporary
 tensors. The engine allocates nothing else that grows with the model or the block.
 
-    device = weights that rest there + two buffers for the largest streamed unit + that unit decoded
-           + cache that rests there + two buffers for the largest region read + hidden states
-           + layer arguments of all tokens in flight + workspace of one layer over one chunk
-    host   = weights that rest there + cache that rests there + staging for disk + outgoing rows
+    device = weights that rest there + a ring for streamed units + decoded units
+           + cache that rests there + a ring for rows that cross + hidden states
+           + layer arguments of all tokens in flight + what stopped batches keep
+           + workspace of one layer over one chunk
+    host   = weights that rest there + cache that rests there + staging for disk
+           + rows, queries and results on their way
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,9 +20,11 @@ from capstan.errors import DoesNotFit
 from capstan.generation.activations import activation_buffers
 from capstan.generation.attention import workspace_bytes
 from capstan.generation.batching import BlockShape, Length
+from capstan.generation.host_attention import reads_in_place, scratch_bytes
 from capstan.generation.kv_cache import ROWS_IN_FLIGHT, cache_buffers, region_bytes
 from capstan.generation.model import Model
 from capstan.generation.placement import Placement, Tier
+from capstan.generation.row_format import RowFormat
 from capstan.generation.weights import buffers_for
 from capstan.plans import bytes_text
 from capstan.storage.slab import aligned
@@ -94,14 +98,8 @@ def demand_of(
 ) -> Demand:
     """What `model` takes with this placement and block."""
     extent = extent_of(shape, lengths)
-    weights = buffers_for(model.inventory, placement.weights)
-    cache = cache_buffers(
-        model.formats,
-        placement.cache,
-        shape,
-        tokens=extent.chunk_tokens,
-        host_attention=placement.host_attention,
-    )
+    weights = buffers_for(model.inventory, placement.weights, ring_slots=placement.ring_slots)
+    cache = cache_buffers(model.formats, placement, shape, tokens=extent.chunk_tokens)
     hidden = activation_buffers(
         placement.activations,
         sweep_bytes=extent.sweep_tokens * model.hidden_bytes,
@@ -123,6 +121,7 @@ def demand_of(
         "buffers for arriving cache": cache.device_bytes if keeps_cache else 0,
         "hidden states": hidden.device_bytes,
         "layer arguments": extent.sweep_tokens * model.anatomy.call_bytes_per_token,
+        "stopped batches": shape.num_slots * _stopped_bytes(model, placement) if keeps_cache else 0,
         "workspace": workspace_of(model, placement, shape, extent, logit_rows=logit_rows),
         "libraries": _CUDA_LIBRARIES_BYTES if on_cuda else 0,
     }
@@ -163,54 +162,58 @@ def workspace_of(
     return max(front, layer, back) + _SMALL_TENSORS_BYTES
 
 
+def _stopped_bytes(model: Model, placement: Placement) -> int:
+    """What a decoding sequence keeps on the device while its batch is stopped inside its attention."""
+    away = [layout for layout, tier in zip(model.formats, placement.cache, strict=True) if tier != "device"]
+    widths = [layout.row_bytes + 2 * _query_bytes(layout, model.anatomy.itemsize) for layout in away]
+    return 4 * model.hidden_bytes + max(widths) if widths else 0
+
+
+def _query_bytes(layout: RowFormat, itemsize: int) -> int:
+    geometry = layout.geometry
+    return geometry.num_query_heads * max(geometry.key_size, geometry.value_size) * itemsize
+
+
 def _attention_bytes(model: Model, placement: Placement, shape: BlockShape, extent: Extent) -> int:
     most = 0
+    on_host = placement.host_batches(len(shape.batches))
     for layout, tier in set(zip(model.formats, placement.cache, strict=True)):
-        # Where a slice of host memory plays the device, the host's attention works in that slice too.
-        on_device = tier == "device" or not placement.host_attention or layout.device_type == "cpu"
-        inside = max(
-            workspace_bytes(
-                layout.geometry,
-                longest_prompt=extent.longest_prompt,
-                num_decoding=batch.slots if on_device else 0,
-                num_rows=batch.capacity,
-                itemsize=model.anatomy.itemsize,
-                device_type=layout.device_type,
+        inside = 0
+        in_place = layout.device_type == "cpu" and reads_in_place(layout, layout.dtype)
+        for index, batch in enumerate(shape.batches):
+            decodes = (tier == "device" or index not in on_host) and not in_place
+            inside = max(
+                inside,
+                workspace_bytes(
+                    layout.geometry,
+                    longest_prompt=extent.longest_prompt,
+                    num_decoding=batch.slots if decodes else 0,
+                    num_rows=batch.capacity,
+                    itemsize=model.anatomy.itemsize,
+                    device_type=layout.device_type,
+                )
+                + (layout.decoded_bytes(batch.slots * batch.capacity) if decodes else 0),
             )
-            + (layout.decoded_bytes(batch.slots * batch.capacity) if on_device else 0)
-            for batch in shape.batches
-        )
+        if layout.device_type == "cpu" and (in_place or tier != "device"):
+            # Where a slice of host memory plays the device, the host's attention works in that slice too.
+            inside += _host_scratch_bytes(layout, shape)
         # New keys and values made contiguous, encoded, and joined to rows.
         elements = extent.chunk_tokens * layout.geometry.cached_elements
         encoding = elements * (model.anatomy.itemsize + (0 if isinstance(layout.codec, Identity) else 16))
         rows = (2 + ROWS_IN_FLIGHT) * extent.chunk_tokens * layout.row_bytes
         # The packed result, and on device=host machines its copy.
-        result = 2 * extent.chunk_tokens * layout.geometry.num_query_heads * layout.geometry.value_size
-        most = max(most, inside + encoding + rows + result * model.anatomy.itemsize)
+        result = 2 * extent.chunk_tokens * _query_bytes(layout, model.anatomy.itemsize)
+        most = max(most, inside + encoding + rows + result)
     return most
 
 
+def _host_scratch_bytes(layout: RowFormat, shape: BlockShape) -> int:
+    return max(scratch_bytes(layout, slots=batch.slots, rows=batch.capacity) for batch in shape.batches)
+
+
 def _host_attention_bytes(model: Model, placement: Placement, shape: BlockShape) -> int:
-    if not placement.host_attention:
+    if not placement.host_batches(len(shape.batches)):
         return 0
     pairs = zip(model.formats, placement.cache, strict=True)
     away = {layout for layout, tier in pairs if tier != "device"}
-    return max(
-        (
-            layout.decoded_bytes(batch.slots * batch.capacity)
-            + workspace_bytes(
-                layout.geometry,
-                longest_prompt=0,
-                num_decoding=batch.slots,
-                num_rows=batch.capacity,
-                itemsize=model.anatomy.itemsize,
-                device_type="cpu",
-            )
-            + 2
-            * batch.slots
-            * (layout.row_bytes + layout.geometry.num_query_heads * layout.geometry.key_size * 4)
-            for layout in away
-            for batch in shape.batches
-        ),
-        default=0,
-    )
+    return max((_host_scratch_bytes(layout, shape) for layout in away), default=0)

@@ -11,7 +11,7 @@ from capstan.errors import InputError
 from capstan.generation.anatomy import Anatomy
 from capstan.generation.checkpoint_map import Sources, map_checkpoint
 from capstan.generation.inventory import Inventory, cache_codec, take_inventory
-from capstan.generation.kv_cache import RowFormat
+from capstan.generation.row_format import RowFormat
 from capstan.generation.skeleton import Skeleton, open_skeleton
 from capstan.storage import Checkpoint
 

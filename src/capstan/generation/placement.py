@@ -7,7 +7,7 @@ misses the share by two tensors at most; what was realised is printed.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 from capstan.errors import UsageError, unknown_name
 
@@ -20,17 +20,30 @@ Shares = Mapping[Tier, float]
 class Placement:
     """Where the weights, the KV cache and the activations of a model lie.
 
-    `weights` maps tensor names to tiers; `cache` has a tier for each layer; `host_attention` says that a
-    cache which is not on the device is attended where it lies instead of crossing the link.
+    `weights` maps tensor names to tiers; `cache` has a tier for each layer; `host_attention` is the share of
+    a block's batches whose cache, where it is not on the device, is attended on the host; that of the others
+    crosses the link. `ring_slots` says how many streamed layers have room on the device: 2, or 3, so that
+    neither links nor processors wait for each other between layers.
     """
 
     weights: Mapping[str, Tier]
     cache: tuple[Tier, ...]
     activations: Tier
-    host_attention: bool
+    host_attention: float
+    ring_slots: int = 2
 
     def __hash__(self) -> int:
-        return hash((tuple(sorted(self.weights.items())), self.cache, self.activations, self.host_attention))
+        rest = (self.cache, self.activations, self.host_attention, self.ring_slots)
+        return hash((tuple(sorted(self.weights.items())), *rest))
+
+    def host_batches(self, num_batches: int) -> frozenset[int]:
+        """The batches that are attended on the host, spread evenly among all."""
+        count = round(self.host_attention * num_batches)
+        return frozenset(
+            batch
+            for batch in range(num_batches)
+            if (batch + 1) * count // num_batches > batch * count // num_batches
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +54,11 @@ class Wish:
     weights: Shares | None = None
     cache: Shares | None = None
     activations: Tier | None = None
-    attention: Literal["device", "host"] | None = None
+    attention: float | None = None  # the share of it that runs on the host
 
 
 def parse_wish(words: Sequence[str]) -> Wish:
-    """Read `weights=device:0.3,host:0.5,disk:0.2 cache=host activations=device attention=host`.
+    """Read `weights=device:0.3,host:0.7 cache=host activations=device attention=host:0.6,device:0.4`.
 
     Raises:
         UsageError: an unknown part or tier, or shares that do not add up to 1.
@@ -59,14 +72,14 @@ def parse_wish(words: Sequence[str]) -> Wish:
             if not separator or not value:
                 raise UsageError(f"--place {item!r} says nothing; write for example {name}=host.")
             parts[name] = value
-    attention = parts.get("attention")
-    if attention not in (None, "device", "host"):
-        raise UsageError(f"Attention runs on 'device' or 'host', not on {attention!r}.")
+    attention = _shares("attention", parts["attention"]) if "attention" in parts else None
+    if attention is not None and "disk" in attention:
+        raise UsageError("Attention runs on 'device' or 'host', not on 'disk'.")
     return Wish(
         weights=_shares("weights", parts["weights"]) if "weights" in parts else None,
         cache=_shares("cache", parts["cache"]) if "cache" in parts else None,
         activations=_tier(parts["activations"]) if "activations" in parts else None,
-        attention=cast(Literal["device", "host"] | None, attention),
+        attention=None if attention is None else attention.get("host", 0.0),
     )
 
 

@@ -4,7 +4,7 @@
     over        n[kind, tier]   how many of the layers' tensors of a kind rest on a tier
                 c[tier]         how many layers' caches rest on a tier
     subject to  memory of device, host and disk as in memory.py, buffers included
-                seconds >= what each link and the processor need, as in forecast.py
+                seconds >= what each link, the processors and host memory need, as in forecast.py
 
 Source: FlexGen, section 4.3 and appendix A.3, arXiv 2303.06865.
 Differs: the paper's program is over fractions, which its runtime then rounds; what is chosen here is what
@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from capstan.generation.batching import BlockShape
-from capstan.generation.block_schedule import DEVICE_COMPUTE, HOST_ATTENTION
-from capstan.generation.forecast import SweepSize, sweep_busy_s, sweep_traffic
+from capstan.generation.block_schedule import DEVICE_COMPUTE
+from capstan.generation.forecast import HOST_MEMORY, Rates, SweepSize, sweep_busy_s, sweep_traffic
 from capstan.generation.inventory import StoredTensor
+from capstan.generation.kv_cache import HOST_ATTENTION
 from capstan.generation.memory import Demand
 from capstan.generation.model import Model
 from capstan.generation.placement import TIERS, Placement, Tier
@@ -29,6 +30,7 @@ from capstan.storage.slab import aligned
 Terms = dict[str, float]
 DEVICE: Tier = "device"
 HOST: Tier = "host"
+DISK: Tier = "disk"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +41,18 @@ class Given:
     """
 
     model: Model
-    machine: Machine
+    rates: Rates
     budgets: Mapping[Tier, int]
     shape: BlockShape
     draft: Placement
     fixes_weights: bool
     fixes_cache: bool
     demand_of: Callable[[Placement], Demand]
+    relaxed: bool = False  # fractions of tensors and layers, rounded: for comparing blocks quickly
+
+    @property
+    def machine(self) -> Machine:
+        return self.rates.machine
 
     def with_open_parts_on(self, tier: Tier) -> Placement:
         """The draft with everything that the program decides on one tier."""
@@ -83,17 +90,23 @@ class _Build:
         self.kinds = _kinds(given.model)
         self.use: dict[Tier, Terms] = {tier: {} for tier in TIERS}
         self.spend: dict[str, Terms] = {
-            name: {} for name in (HOST_TO_DEVICE, DEVICE_TO_HOST, DISK_TO_HOST, HOST_ATTENTION)
+            name: {} for name in (HOST_TO_DEVICE, DEVICE_TO_HOST, DISK_TO_HOST, HOST_ATTENTION, HOST_MEMORY)
         }
         self.fixed = self._fixed_bytes()
         batches = given.shape.batches
         self.rows = sum(batch.slots * batch.capacity for batch in batches)
-        self.rows_of_batch = max(batch.slots * batch.capacity for batch in batches)
         self.row_bytes = max(layout.row_bytes for layout in given.model.formats)
         # A decode sweep late in the job, when caches are nearly full.
-        slots = given.shape.num_slots
+        on_host = given.draft.host_batches(len(batches))
+        slots, hosted = given.shape.num_slots, [batches[index] for index in on_host]
         self.size = SweepSize(
-            tokens=slots, decoding=slots, rows_read=int(0.9 * self.rows), chunks=len(batches)
+            batches=len(batches),
+            tokens=slots,
+            decoding=slots,
+            rows_read=int(0.9 * self.rows),
+            decoding_on_host=sum(batch.slots for batch in hosted),
+            rows_read_on_host=int(0.9 * sum(batch.slots * batch.capacity for batch in hosted)),
+            chunks=len(batches),
         )
 
     def _fixed_bytes(self) -> dict[Tier, int]:
@@ -106,7 +119,7 @@ class _Build:
             open_parts["host"] |= {"staging for weights"}
             open_parts["disk"] |= {"weights in fewer bits"}
         if not given.fixes_cache:
-            open_parts["device"] |= {"buffers for arriving cache"}
+            open_parts["device"] |= {"buffers for arriving cache", "stopped batches"}
             open_parts["host"] |= {"staging for cache"}
             open_parts["disk"] |= {"KV cache"}
         fixed = {
@@ -116,7 +129,8 @@ class _Build:
         fixed["device"] += max(0, near.parts["device"]["workspace"] - far.parts["device"]["workspace"])
         if not given.fixes_weights:
             nowhere = dict.fromkeys(given.draft.weights, DEVICE)
-            fixed["device"] += buffers_for(given.model.inventory, nowhere).device_bytes
+            slots = given.draft.ring_slots
+            fixed["device"] += buffers_for(given.model.inventory, nowhere, ring_slots=slots).device_bytes
         return fixed
 
     # --- variables ---------------------------------------------------------------------------------------
@@ -158,42 +172,55 @@ class _Build:
         for tier in ("device", "host"):
             slot = f"slot on {tier}"
             program.variable(slot)
-            self.use[tier][slot] = 2.0
+            self.use[tier][slot] = float(self.given.draft.ring_slots) if tier == "device" else 2.0
             for terms in slots[tier].values():
                 program.at_most({**terms, slot: -1.0}, 0.0)
 
     def _stream(self, names: Mapping[Tier, str], size_bytes: int) -> None:
         for tier in ("host", "disk"):
-            self.spend[HOST_TO_DEVICE][names[tier]] = self._link_s("host", "device", size_bytes)
+            self._crosses(HOST_TO_DEVICE, names[tier], size_bytes)
         self.spend[DISK_TO_HOST][names["disk"]] = self._link_s("disk", "host", size_bytes)
+
+    def _crosses(self, link: str, name: str, size_bytes: int) -> None:
+        """Each thing counted by `name` takes so many bytes over a link, out of or into host memory."""
+        source, _, target = link.partition("->")
+        self._add(link, name, self._link_s(source, target, size_bytes))
+        self._add(HOST_MEMORY, name, size_bytes / self._host_bandwidth)
+
+    def _add(self, resource: str, name: str, seconds: float) -> None:
+        self.spend[resource][name] = self.spend[resource].get(name, 0.0) + seconds
+
+    @property
+    def _host_bandwidth(self) -> float:
+        return self.given.machine.device("host").memory_bandwidth_bytes_per_s
 
     def cache(self) -> None:
         """Layers of cache, all of the widest row, and their buffers."""
-        given, on_host = self.given, self.given.draft.host_attention
-        batches = given.shape.batches
+        given, size = self.given, self.size
+        batches, num_layers = given.shape.batches, given.model.num_layers
         region = sum(aligned(batch.slots * batch.capacity * self.row_bytes) for batch in batches)
-        read, written = self.size.rows_read * self.row_bytes, self.size.tokens * self.row_bytes
-        names = self._count("cache", given.model.num_layers)
+        hosted = size.rows_read_on_host * self.row_bytes
+        crossing, written = size.rows_read * self.row_bytes - hosted, size.tokens * self.row_bytes
+        names = self._count("cache", num_layers)
         for tier in TIERS:
             self.use[tier][names[tier]] = region
-        slot = 2 * aligned(self.rows_of_batch * self.row_bytes)
-        away = self._whether_any("cache is away", [names["host"], names["disk"]], given.model.num_layers)
-        staged = self._whether_any("cache is read", [names["disk"]], given.model.num_layers)
-        self.use["device"][away] = 0 if on_host else slot
-        self.use["host"][staged] = slot
-        self.use["host"][away] = self._outgoing_bytes()
-        attention_s = read / given.machine.device("host").memory_bandwidth_bytes_per_s
-        for far in (names["host"], names["disk"]):
-            self.spend[DEVICE_TO_HOST][far] = self._link_s("device", "host", written)
-            if on_host:
-                self.spend[HOST_ATTENTION][far] = attention_s
-            else:
-                self.spend[HOST_TO_DEVICE][far] = self._link_s("host", "device", read)
-        self.spend[DISK_TO_HOST][names["disk"]] = self._link_s("disk", "host", read)
-
-    def _outgoing_bytes(self) -> int:
-        far = self.given.demand_of(replace(self.given.draft, cache=(HOST,) * len(self.given.draft.cache)))
-        return far.parts["host"]["staging for cache"]
+        away = self._whether_any("cache is away", [names["host"], names["disk"]], num_layers)
+        read = self._whether_any("cache is read", [names["disk"]], num_layers)
+        far: dict[Tier, Demand] = {
+            tier: given.demand_of(replace(given.draft, cache=(tier,) * num_layers)) for tier in (HOST, DISK)
+        }
+        device, host = far[HOST].parts["device"], far[HOST].parts["host"]
+        self.use["device"][away] = device["buffers for arriving cache"] + device["stopped batches"]
+        self.use["host"][away] = host["staging for cache"]
+        self.use["host"][read] = far[DISK].parts["host"]["staging for cache"] - host["staging for cache"]
+        for name in (names["host"], names["disk"]):
+            self._crosses(DEVICE_TO_HOST, name, written)
+            self._crosses(HOST_TO_DEVICE, name, crossing)
+            self._add(HOST_ATTENTION, name, hosted / given.rates.host_attention)
+            self._add(HOST_MEMORY, name, hosted / self._host_bandwidth)
+        self.spend[DISK_TO_HOST][names["disk"]] = self._link_s(
+            "disk", "host", size.rows_read * self.row_bytes
+        )
 
     def _link_s(self, source: str, target: str, size_bytes: float) -> float:
         return size_bytes / self.given.machine.link(source, target).bandwidth_bytes_per_s
@@ -211,35 +238,49 @@ class _Build:
         for link in (HOST_TO_DEVICE, DISK_TO_HOST):
             for name, seconds in self.spend[link].items():
                 cost[name] = cost.get(name, 0.0) + 1e-3 * seconds
-        return self._realise(self.program.minimise(cost))
+        return self._realise(self.program.minimise(cost, relaxed=self.given.relaxed))
 
     def _times(self) -> Iterator[tuple[Terms, float]]:
         """What the seconds of a sweep must reach: terms in the variables, and a constant."""
         given, near = self.given, self.given.with_open_parts_on("device")
         traffic = sweep_traffic(given.model, near, self.size, keeps_cache=True)
-        busy_s = sweep_busy_s(given.model, near, self.size, traffic, given.machine)
+        busy_s = sweep_busy_s(given.model, near, self.size, traffic, given.rates)
         yield self.spend[DISK_TO_HOST], busy_s.get(DISK_TO_HOST, 0.0)
         if given.machine.device("device").kind != "cpu":
-            for name in (HOST_TO_DEVICE, DEVICE_TO_HOST, HOST_ATTENTION):
+            for name in (HOST_TO_DEVICE, DEVICE_TO_HOST, HOST_ATTENTION, HOST_MEMORY):
                 yield self.spend[name], busy_s.get(name, 0.0)
             yield {}, busy_s[DEVICE_COMPUTE]
+            chain = {name: each / self.size.batches for name, each in self.spend[HOST_ATTENTION].items()}
+            together = busy_s[DEVICE_COMPUTE] + busy_s.get(HOST_ATTENTION, 0.0)
+            yield chain, together / self.size.batches
             return
-        together: Terms = {}
+        copies: Terms = {}
         for name in (HOST_TO_DEVICE, DEVICE_TO_HOST, HOST_ATTENTION):
             for variable, seconds in self.spend[name].items():
-                together[variable] = together.get(variable, 0.0) + seconds
-        yield together, sum(seconds for name, seconds in busy_s.items() if name != DISK_TO_HOST)
+                copies[variable] = copies.get(variable, 0.0) + seconds
+        yield copies, sum(seconds for name, seconds in busy_s.items() if name != DISK_TO_HOST)
 
     def _realise(self, solution: Mapping[str, float]) -> Placement:
         given = self.given
         weights, cache = dict(given.draft.weights), given.draft.cache
         if not given.fixes_weights:
             for kind, tensors in self.kinds.items():
-                tiers = _interleaved({tier: int(solution[f"{kind} on {tier}"]) for tier in TIERS})
+                counts = _whole({tier: solution[f"{kind} on {tier}"] for tier in TIERS})
+                tiers = _interleaved(counts)
                 weights |= {tensor.name: tier for tensor, tier in zip(tensors, tiers, strict=True)}
         if not given.fixes_cache:
-            cache = tuple(_interleaved({tier: int(solution[f"cache on {tier}"]) for tier in TIERS}))
+            cache = tuple(_interleaved(_whole({tier: solution[f"cache on {tier}"] for tier in TIERS})))
         return replace(given.draft, weights=weights, cache=cache)
+
+
+def _whole(counts: Mapping[Tier, float]) -> dict[Tier, int]:
+    """Counts rounded so that their sum stays the same."""
+    whole, sofar, given = {}, 0.0, 0
+    for tier, count in counts.items():
+        sofar += count
+        whole[tier] = round(sofar) - given
+        given += whole[tier]
+    return whole
 
 
 def _kinds(model: Model) -> dict[str, list[StoredTensor]]:

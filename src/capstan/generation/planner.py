@@ -1,35 +1,47 @@
 """The planner: where things lie and how large the block is, so that a job takes the least time.
 
-Outside, a search over the few whole numbers that change the program: slots in a GPU batch, batches in a
-block, prompt tokens in a chunk, where attention over an offloaded cache runs. Inside, for each of them, the
-integer program of placement_program.py. What is chosen is forecast sweep by sweep and written down.
+Outside, a search over the few whole numbers that change the program: how many rounds the job takes, batches
+in a block, prompt tokens in a chunk, which share of an offloaded cache is attended on the host. Inside, for
+each of them, the program of placement_program.py: relaxed, to compare; then, for the best few, in whole
+tensors and layers. What is chosen is forecast sweep by sweep and written down.
 
-Source: FlexGen, section 4.3, arXiv 2303.06865: it enumerates block sizes by powers of two too.
-Differs: what is chosen is what runs, in whole tensors; rates are probed, not fitted by hand.
+Source: FlexGen, section 4.3, arXiv 2303.06865: it enumerates block sizes too.
+Differs: what is chosen is what runs, in whole tensors; rates are probed, not fitted by hand; the cache is
+divided between the link and the host's processors, where the paper chooses one of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from capstan.errors import DoesNotFit
 from capstan.generation.batching import BlockShape, Length, shape_for
 from capstan.generation.forecast import (
+    Rates,
     SweepSize,
     forecast,
     sweep_busy_s,
     sweep_traffic,
     wall_s,
 )
+from capstan.generation.kv_cache import HOST_ATTENTION
 from capstan.generation.memory import Demand, demand_of
 from capstan.generation.model import Model
-from capstan.generation.placement import TIERS, Placement, Tier, Wish, realised, spread
+from capstan.generation.placement import TIERS, Placement, Tier, Wish, spread
 from capstan.generation.placement_program import Given, solve_placement
+from capstan.generation.plan_words import choices_of
+from capstan.generation.weights import HOST_TO_DEVICE
 from capstan.hardware import Machine
-from capstan.plans import Choice, Plan, bytes_text
+from capstan.plans import Plan, bytes_text
 
 Budgets = Mapping[Tier, int]
-_CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}
+_CHUNK_TOKENS = {"cuda": 4096, "cpu": 1024}
 _MOST_SLOTS = 512
+_STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batches and rounds that are tried
+_MOST_BATCHES = 32
+
+# Blocks whose placements are solved exactly after all were compared roughly.
+_FINALISTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +54,42 @@ class JobPlan:
     logit_rows: int
 
 
+class _Candidate(NamedTuple):
+    """A block with a placement, and the job's seconds with it."""
+
+    seconds: float
+    shape: BlockShape
+    placement: Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is to be planned; what is fixed of it."""
+
+    lengths: Sequence[Length]
+    opened: Placement | None
+    keeps_cache: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Planner:
     """Plans jobs of one model on one machine within budgets.
 
-    `budgets` says what may be used of "device" and "host" memory and of the "disk" (0 for none).
+    `budgets` says what may be used of "device" and "host" memory and of the "disk" (0 for none);
+    `host_attention_bytes_per_s` how fast the host attends this model's rows, by default four fifths of the
+    rate at which it reads memory.
     """
 
     model: Model
     machine: Machine
     budgets: Budgets
     wish: Wish = field(default_factory=Wish)
+    host_attention_bytes_per_s: float | None = None
+
+    @property
+    def rates(self) -> Rates:
+        bandwidth = self.machine.device("host").memory_bandwidth_bytes_per_s
+        return Rates(self.machine, self.host_attention_bytes_per_s or 0.8 * bandwidth)
 
     @property
     def _on_cuda(self) -> bool:
@@ -65,127 +102,155 @@ class Planner:
         return max(1, min(512, self.budgets["device"] // (16 * row_bytes)))
 
     def plan(
-        self,
-        lengths: Sequence[Length],
-        *,
-        weights: Mapping[str, Tier] | None = None,
-        keeps_cache: bool = True,
+        self, lengths: Sequence[Length], *, opened: Placement | None = None, keeps_cache: bool = True
     ) -> JobPlan:
         """The fastest plan for these sequences.
 
         Args:
-            weights: where the weights already lie; None leaves it open.
+            opened: the placement with which the weights were brought to where they lie; None leaves it open.
             keeps_cache: False for scoring, which reads nothing back.
 
         Raises:
             DoesNotFit: not even one sequence at a time fits; says what is missing where.
         """
-        best: tuple[float, Placement, BlockShape] | None = None
-        too_large: set[int] = set()  # slots in a batch of which even fewer batches did not fit
-        for shape in self._shapes(lengths):
-            slots = shape.batches[0].slots
-            if slots in too_large:
-                continue
-            chunked, placements = self._chunked(shape, lengths, weights, keeps_cache)
-            if not placements:
-                too_large.add(slots)
-            for placement in placements:
-                seconds = self._estimate_s(placement, chunked, lengths, keeps_cache)
-                if best is None or seconds < best[0]:
-                    best = (seconds, placement, chunked)
+        job = _Job(lengths=lengths, opened=opened, keeps_cache=keeps_cache)
+        best: _Candidate | None = None
+        roughly = sorted(self._rough_candidates(job), key=lambda candidate: candidate.seconds)
+        for rank, rough in enumerate(roughly):
+            if rank >= _FINALISTS and best is not None:
+                break
+            for exact in self._exact_candidates(job, rough):
+                if best is None or exact.seconds < best.seconds:
+                    best = exact
         if best is None:
-            raise self._smallest_demand_error(lengths, weights, keeps_cache)
-        _, placement, shape = best
+            raise self._smallest_demand_error(job)
         return JobPlan(
-            plan=self._written(placement, shape, lengths, keeps_cache),
-            placement=placement,
-            shape=shape,
+            plan=self._written(best.placement, best.shape, job),
+            placement=best.placement,
+            shape=best.shape,
             logit_rows=self._logit_rows,
         )
 
     # --- the outer search --------------------------------------------------------------------------------
 
     def _shapes(self, lengths: Sequence[Length]) -> Iterator[BlockShape]:
-        """Slots and batches by powers of two, up to what the job can use."""
+        """Blocks that answer the job in a number of equal rounds, in a number of batches."""
         longest = max(length.prompt for length in lengths)
-        usual = _CHUNK_TOKENS["cuda" if self._on_cuda else "cpu"]
+        chunk_tokens = max(longest, _CHUNK_TOKENS["cuda" if self._on_cuda else "cpu"])
         seen = set()
-        for slots in _powers(min(len(lengths), _MOST_SLOTS)):
-            for batches in _powers(-(-len(lengths) // slots)):
-                shape = shape_for(lengths, slots=slots, batches=batches, chunk_tokens=max(usual, longest))
-                if shape not in seen:
-                    seen.add(shape)
-                    yield shape
+        for slots in {-(-len(lengths) // rounds) for rounds in (*_STEPS, *_powers(len(lengths)))}:
+            for batches in (each for each in _STEPS if each <= min(slots, _MOST_BATCHES)):
+                size = -(-slots // batches)
+                if size <= _MOST_SLOTS:
+                    shape = shape_for(lengths, slots=size, batches=batches, chunk_tokens=chunk_tokens)
+                    if shape not in seen:
+                        seen.add(shape)
+                        yield shape
 
-    def _chunked(
-        self,
-        shape: BlockShape,
-        lengths: Sequence[Length],
-        weights: Mapping[str, Tier] | None,
-        keeps_cache: bool,
-    ) -> tuple[BlockShape, list[Placement]]:
-        """The block with as large a chunk of prompts as fits, and its placements."""
-        longest = max(length.prompt for length in lengths)
-        chunk_tokens = shape.chunk_tokens
-        while True:
-            placements = list(self._placements(shape, lengths, weights, keeps_cache))
-            if placements or chunk_tokens == longest:
-                return shape, placements
-            chunk_tokens = max(longest, chunk_tokens // 4)
-            shape = replace(shape, chunk_tokens=chunk_tokens)
-
-    def _placements(
-        self,
-        shape: BlockShape,
-        lengths: Sequence[Length],
-        weights: Mapping[str, Tier] | None,
-        keeps_cache: bool,
-    ) -> Iterator[Placement]:
-        """Placements for a block that fit the budgets: the integer program's, for each way to attend."""
-        wished = self.wish.attention
-        ways = (wished == "host",) if wished else (False, True)
-        for host_attention in ways if keeps_cache else (False,):
-            for activations in (self.wish.activations,) if self.wish.activations else ("device", "host"):
-                placement = self._placed(shape, lengths, weights, keeps_cache, host_attention, activations)
-                if placement is not None:
-                    yield placement
+    def _rough_candidates(self, job: _Job) -> Iterator[_Candidate]:
+        """Every block that fits, with the largest chunk of prompts with which it does."""
+        longest = max(length.prompt for length in job.lengths)
+        for full in self._shapes(job.lengths):
+            shape = full
+            while True:
+                found = list(self._shares(job, shape))
+                yield from found
+                if found or shape.chunk_tokens == longest:
                     break
+                shape = replace(shape, chunk_tokens=max(longest, shape.chunk_tokens // 4))
+
+    def _shares(self, job: _Job, shape: BlockShape) -> Iterator[_Candidate]:
+        """Placements of a block: the offloaded cache attended on the device, on the host, and divided so
+        that the link and the host take equally long."""
+        wished = self.wish.attention
+        if not job.keeps_cache:
+            yield from self._solved(job, shape, 0.0, relaxed=True)
+            return
+        if wished is not None:
+            yield from self._solved(job, shape, wished, relaxed=True)
+            return
+        yield from self._solved(job, shape, 0.0, relaxed=True)
+        hosted = list(self._solved(job, shape, 1.0, relaxed=True))
+        yield from hosted
+        for candidate in hosted:
+            share = self._balanced_share(job, candidate)
+            if 0 < share < 1:
+                yield from self._solved(job, shape, share, relaxed=True)
+
+    def _balanced_share(self, job: _Job, candidate: _Candidate) -> float:
+        """The share of the batches to be attended on the host for which it takes as long as the link, in a
+        decode sweep (FlexGen note, section 4: 1 - x*); a multiple of a batch."""
+        num_batches = len(candidate.shape.batches)
+        near = replace(candidate.placement, host_attention=0.0)
+        size = self._decode_size(job, candidate.shape, candidate.placement)
+        hosted = self._busy_s(candidate.placement, size)
+        crossing = self._busy_s(near, self._decode_size(job, candidate.shape, near))
+        attended_s = hosted.get(HOST_ATTENTION, 0.0)
+        weights_s, all_s = hosted.get(HOST_TO_DEVICE, 0.0), crossing.get(HOST_TO_DEVICE, 0.0)
+        if attended_s <= weights_s or self.machine.device("device").kind == "cpu":
+            return 1.0
+        # (1 - x) attended = weights + x (all - weights)
+        share = 1 - (attended_s - weights_s) / (attended_s + all_s - weights_s)
+        return round(share * num_batches) / num_batches
+
+    def _exact_candidates(self, job: _Job, rough: _Candidate) -> Iterator[_Candidate]:
+        for ring_slots in (2,) if job.opened is not None else (2, 3):
+            yield from self._solved(
+                job, rough.shape, rough.placement.host_attention, relaxed=False, ring_slots=ring_slots
+            )
+
+    def _solved(
+        self, job: _Job, shape: BlockShape, share: float, *, relaxed: bool, ring_slots: int = 2
+    ) -> Iterator[_Candidate]:
+        """The program's placement for a block, with hidden states on the device or else on the host."""
+        for activations in (self.wish.activations,) if self.wish.activations else TIERS[:2]:
+            placement = self._placed(job, shape, share, activations, relaxed=relaxed, ring_slots=ring_slots)
+            if placement is not None:
+                yield _Candidate(self._estimate_s(job, shape, placement), shape, placement)
+                return
 
     def _placed(
         self,
+        job: _Job,
         shape: BlockShape,
-        lengths: Sequence[Length],
-        weights: Mapping[str, Tier] | None,
-        keeps_cache: bool,
-        host_attention: bool,
+        share: float,
         activations: Tier,
+        *,
+        relaxed: bool,
+        ring_slots: int,
     ) -> Placement | None:
         near: Tier = "device"
+        opened = job.opened
         draft = Placement(
-            weights=weights or self._wished_weights() or dict.fromkeys(self.model.inventory.placeable, near),
+            weights=opened.weights
+            if opened
+            else self._wished_weights() or dict.fromkeys(self.model.inventory.placeable, near),
             cache=self._wished_cache() or (near,) * self.model.num_layers,
             activations=activations,
-            host_attention=host_attention,
+            host_attention=share,
+            ring_slots=opened.ring_slots if opened else ring_slots,
         )
         given = Given(
             model=self.model,
-            machine=self.machine,
+            rates=self.rates,
             budgets=self.budgets,
             shape=shape,
             draft=draft,
-            fixes_weights=weights is not None or self.wish.weights is not None,
-            fixes_cache=not keeps_cache or self.wish.cache is not None,
-            demand_of=lambda placement: self._demand(placement, shape, lengths, keeps_cache),
+            fixes_weights=opened is not None or self.wish.weights is not None,
+            fixes_cache=not job.keeps_cache or self.wish.cache is not None,
+            demand_of=lambda placement: self._demand(placement, shape, job),
+            relaxed=relaxed,
         )
         if not (given.fixes_weights and given.fixes_cache):
             try:
                 draft = solve_placement(given)
             except DoesNotFit:
                 return None
+            if relaxed:  # rounding may miss the budgets by a little; exact solutions do not
+                return draft
         if draft.host_attention and all(tier == "device" for tier in draft.cache):
-            draft = replace(draft, host_attention=self.wish.attention == "host")
-        fits = self._fits(self._demand(draft, shape, lengths, keeps_cache))
-        return draft if fits else None
+            draft = replace(draft, host_attention=self.wish.attention or 0.0)
+        return draft if self._fits(self._demand(draft, shape, job)) else None
 
     def _wished_weights(self) -> dict[str, Tier] | None:
         if self.wish.weights is None:
@@ -199,52 +264,70 @@ class Planner:
             return None
         return tuple(spread([layout.row_bytes for layout in self.model.formats], self.wish.cache))
 
-    def _demand(
-        self, placement: Placement, shape: BlockShape, lengths: Sequence[Length], keeps_cache: bool
-    ) -> Demand:
+    def _demand(self, placement: Placement, shape: BlockShape, job: _Job) -> Demand:
         return demand_of(
             self.model,
             placement,
             shape,
-            lengths,
+            job.lengths,
             logit_rows=self._logit_rows,
             on_cuda=self._on_cuda,
-            keeps_cache=keeps_cache,
+            keeps_cache=job.keeps_cache,
         )
 
     def _fits(self, demand: Demand) -> bool:
         return all(demand.on(tier) <= self.budgets[tier] for tier in TIERS)
 
-    def _estimate_s(
-        self, placement: Placement, shape: BlockShape, lengths: Sequence[Length], keeps_cache: bool
-    ) -> float:
+    # --- estimates ---------------------------------------------------------------------------------------
+
+    def _decode_size(self, job: _Job, shape: BlockShape, placement: Placement) -> SweepSize:
+        """A full block half-way through its answers."""
+        slots, num_batches = shape.num_slots, len(shape.batches)
+        share = len(placement.host_batches(num_batches)) / num_batches
+        rows = int(slots * sum(length.prompt + length.new / 2 for length in job.lengths) / len(job.lengths))
+        return SweepSize(
+            batches=num_batches,
+            tokens=slots,
+            decoding=slots,
+            rows_read=rows,
+            decoding_on_host=int(share * slots),
+            rows_read_on_host=int(share * rows),
+            chunks=num_batches,
+        )
+
+    def _busy_s(self, placement: Placement, size: SweepSize, *, keeps_cache: bool = True) -> dict[str, float]:
+        traffic = sweep_traffic(self.model, placement, size, keeps_cache=keeps_cache)
+        return sweep_busy_s(self.model, placement, size, traffic, self.rates)
+
+    def _estimate_s(self, job: _Job, shape: BlockShape, placement: Placement) -> float:
         """A quick estimate of the job's seconds: full blocks of average sequences."""
-        slots = shape.num_slots
+        slots, lengths = shape.num_slots, job.lengths
         mean_prompt = sum(length.prompt for length in lengths) / len(lengths)
         mean_new = sum(length.new for length in lengths) / len(lengths)
         rounds = len(lengths) / slots
 
         def sweep_s(size: SweepSize) -> float:
-            traffic = sweep_traffic(self.model, placement, size, keeps_cache=keeps_cache)
-            return wall_s(sweep_busy_s(self.model, placement, size, traffic, self.machine), self.machine)
+            busy_s = self._busy_s(placement, size, keeps_cache=job.keeps_cache)
+            return wall_s(busy_s, placement, size, self.machine)
 
         tokens = int(slots * mean_prompt)
-        chunks = max(len(shape.batches), -(-tokens // shape.chunk_tokens))
-        prefill = SweepSize(tokens=tokens, chunks=chunks, prompt_square=int(slots * mean_prompt**2))
-        context = int(slots * (mean_prompt + mean_new / 2))
-        decode = SweepSize(tokens=slots, decoding=slots, rows_read=context, chunks=len(shape.batches))
+        prefill = SweepSize(
+            batches=len(shape.batches),
+            tokens=tokens,
+            chunks=max(len(shape.batches), -(-tokens // shape.chunk_tokens)),
+            prompt_square=int(slots * mean_prompt**2),
+        )
         # Sequences of one block end together only if they are equally long; a sweep more covers the rest.
         decode_sweeps = max(rounds * (mean_new - 1), max(length.new for length in lengths) - 1)
-        return max(rounds, 1) * sweep_s(prefill) + decode_sweeps * sweep_s(decode)
+        decode_s = sweep_s(self._decode_size(job, shape, placement))
+        return max(rounds, 1) * sweep_s(prefill) + decode_sweeps * decode_s
 
     # --- words -------------------------------------------------------------------------------------------
 
-    def _smallest_demand_error(
-        self, lengths: Sequence[Length], weights: Mapping[str, Tier] | None, keeps_cache: bool
-    ) -> DoesNotFit:
+    def _smallest_demand_error(self, job: _Job) -> DoesNotFit:
         """Say what the smallest block lacks where, with everything as far away as it may be."""
-        longest = max(lengths, key=lambda length: length.cached)
-        prompt = max(length.prompt for length in lengths)
+        longest = max(job.lengths, key=lambda length: length.cached)
+        prompt = max(length.prompt for length in job.lengths)
         shape = shape_for([longest], slots=1, batches=1, chunk_tokens=prompt)
         away: Tier = "disk" if self.budgets["disk"] else "host"
         furthest: dict[str, Tier] = {
@@ -252,12 +335,12 @@ class Planner:
             for name, tensor in self.model.inventory.placeable.items()
         }
         placement = Placement(
-            weights=weights or self._wished_weights() or furthest,
+            weights=job.opened.weights if job.opened else self._wished_weights() or furthest,
             cache=self._wished_cache() or (away,) * self.model.num_layers,
             activations=self.wish.activations or "device",
-            host_attention=self.wish.attention != "device",
+            host_attention=1.0 if self.wish.attention is None else self.wish.attention,
         )
-        demand = self._demand(placement, shape, [longest], keeps_cache)
+        demand = self._demand(placement, shape, replace(job, lengths=[longest]))
         try:
             demand.require(self.budgets)
         except DoesNotFit as error:
@@ -268,55 +351,20 @@ class Planner:
             + ". Grant more memory, or name a folder with --disk."
         )
 
-    def _written(
-        self, placement: Placement, shape: BlockShape, lengths: Sequence[Length], keeps_cache: bool
-    ) -> Plan:
-        model, demand = self.model, self._demand(placement, shape, lengths, keeps_cache)
-        phases = forecast(model, placement, shape, lengths, self.machine, keeps_cache=keeps_cache)
+    def _written(self, placement: Placement, shape: BlockShape, job: _Job) -> Plan:
+        model, lengths, demand = self.model, job.lengths, self._demand(placement, shape, job)
+        phases = forecast(model, placement, shape, lengths, self.rates, keeps_cache=job.keeps_cache)
         bits = model.inventory.stored_bytes * 8 / max(1, model.num_parameters)
         return Plan(
             system="generation",
             title=f"{model.folder.name}, {model.num_parameters / 1e6:,.1f} M parameters at {bits:.1f} bits, "
             f"{len(lengths):,} sequences",
             machine=self.machine.name,
-            choices=_choices(model, placement, shape, phases, keeps_cache),
+            choices=choices_of(model, placement, shape, keeps_cache=job.keeps_cache),
             phases=phases,
             peak_bytes={tier: demand.on(tier) for tier in TIERS if demand.on(tier)},
             budget_bytes={tier: size for tier, size in self.budgets.items() if size},
         )
-
-
-def _choices(
-    model: Model, placement: Placement, shape: BlockShape, phases: Sequence[object], keeps_cache: bool
-) -> tuple[Choice, ...]:
-    tensors = list(model.inventory.placeable.values())
-    where = [placement.weights[each.name] for each in tensors]
-    sizes = [each.stored_bytes for each in tensors]
-    first = shape.batches[0]
-    choices = [
-        Choice(
-            name="block",
-            value=f"{len(shape.batches)} x {first.slots} sequences of up to {first.capacity} tokens",
-            reason="weights cross once for the whole block",
-        ),
-        Choice(name="weights", value=realised(where, sizes), reason=bytes_text(sum(sizes))),
-    ]
-    if keeps_cache:
-        rows = [layout.row_bytes for layout in model.formats]
-        room = sum(batch.slots * batch.capacity for batch in shape.batches)
-        choices.append(
-            Choice(
-                name="KV cache",
-                value=f"{realised(placement.cache, rows)} ({model.formats[0].codec.name})",
-                reason=bytes_text(room * sum(rows)),
-            )
-        )
-        side = "host" if placement.host_attention else "device"
-        choices.append(
-            Choice(name="attention", value=side, reason="where an offloaded cache is attended, or crosses to")
-        )
-    choices.append(Choice(name="activations", value=placement.activations))
-    return tuple(choices)
 
 
 def _powers(most: int) -> list[int]:

@@ -75,6 +75,14 @@ class TensorSpec:
         return torch.Size(self.shape).numel()
 
 
+class _Socket(NamedTuple):
+    """Where a layer looks a weight up: `holder[key]` of one of its modules."""
+
+    name: str
+    holder: dict[str, Any]
+    key: str
+
+
 class Skeleton:
     """A decoder-only model in pieces.
 
@@ -93,6 +101,11 @@ class Skeleton:
         path, layers = _decoder_layers(model, config)
         self.layers: list[nn.Module] = list(layers)
         self._layer_prefixes = [f"{path}.{index}." for index in range(len(self.layers))]
+        self._sockets = [
+            list(_sockets(layer, prefix))
+            for layer, prefix in zip(self.layers, self._layer_prefixes, strict=True)
+        ]
+        self._blanks = {name: holder[key] for sockets in self._sockets for name, holder, key in sockets}
         self._taps = [_Tap() for _ in self.layers]
         model.get_submodule(path.rpartition(".")[0]).add_module(
             path.rpartition(".")[2], nn.ModuleList(self._taps)
@@ -176,11 +189,29 @@ class Skeleton:
             )
         return FrontOutput(calls[0][0], [call for _, call in calls])
 
-    def layer(self, index: int, hidden: Tensor, call: LayerCall, weights: Weights) -> Tensor:
-        """Run layer `index` over `hidden` `[1, tokens, hidden]`; attention goes to `attend_with`'s hook."""
-        prefix = self._layer_prefixes[index]
-        local = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-        output = functional_call(self.layers[index], local, args=(hidden, *call.args), kwargs=call.kwargs)
+    @contextmanager
+    def equipped(self, index: int, weights: Weights) -> Iterator[None]:
+        """Layer `index` has these weights inside the `with` block, by full name."""
+        self.equip(index, weights)
+        try:
+            yield
+        finally:
+            self.strip(index)
+
+    def equip(self, index: int, weights: Weights) -> None:
+        """Give layer `index` its weights, until `strip`."""
+        for name, holder, key in self._sockets[index]:
+            holder[key] = weights[name]
+
+    def strip(self, index: int) -> None:
+        """Take the weights away again: their memory has other uses."""
+        for name, holder, key in self._sockets[index]:
+            holder[key] = self._blanks[name]
+
+    def layer(self, index: int, hidden: Tensor, call: LayerCall) -> Tensor:
+        """Run layer `index`, which must be equipped, over `hidden` `[1, tokens, hidden]`; attention goes to
+        `attend_with`'s hook."""
+        output = self.layers[index](hidden, *call.args, **call.kwargs)
         hidden_after: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden_after
 
@@ -305,6 +336,16 @@ def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return path, module
     raise UnsupportedModel(f"{type(model).__name__} has no list of {wanted} decoder layers to place.")
+
+
+def _sockets(layer: nn.Module, prefix: str) -> Iterator[_Socket]:
+    wanted = set(layer.state_dict())
+    for path, module in layer.named_modules():
+        for holder in (module._parameters, module._buffers):
+            for key in holder:
+                name = f"{path}.{key}" if path else key
+                if name in wanted:
+                    yield _Socket(prefix + name, holder, key)
 
 
 def _name_of(model: Any, module: nn.Module | None, role: str) -> str:

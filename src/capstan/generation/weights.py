@@ -2,10 +2,13 @@
 
 Tensors rest on the device, in one slab of host memory, or on disk: there as byte ranges of the checkpoint
 itself, or, when they are stored in fewer bits, in a scratch file. What does not rest on the device is
-streamed: while one unit (a layer, or the output matrix) computes, the next one arrives in the other of two
-buffers. Encoded tensors are decoded once for each visit of a unit, whatever the number of batches.
+streamed: while one unit (a layer, or the output matrix) computes, the next ones arrive in the other slots of
+a ring, in the order in which sweeps need them and across the end of a sweep. Encoded tensors are decoded
+once for each visit of a unit, whatever the number of batches.
 """
 
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import NamedTuple
@@ -26,25 +29,38 @@ DISK_TO_HOST, HOST_TO_DISK = "disk->host", "host->disk"
 # Weights are read and encoded in runs of about this many checkpoint bytes while loading.
 LOADING_BYTES = 16 << 20
 
+# Streamed weights cross in pieces of this size, so that rows of the cache can cross between them.
+_PIECE_BYTES = 64 << 20
+
+# Units that are read from disk ahead of the one that crosses to the device.
+_STAGING_SLOTS = 2
+
 
 class WeightBuffers(NamedTuple):
     """Sizes of the buffers that streaming needs: one slot of each ring, and the decoded unit."""
 
+    ring_slots: int
     device_slot_bytes: int
     host_slot_bytes: int
     decoded_bytes: int
     scratch_bytes: int
 
     @property
+    def num_decoded(self) -> int:
+        """Units that are computed with at the same time: the last batches of one, the first of the next."""
+        return self.ring_slots - 1
+
+    @property
     def device_bytes(self) -> int:
-        return 2 * self.device_slot_bytes + self.decoded_bytes + self.scratch_bytes
+        decoded = self.num_decoded * self.decoded_bytes + self.scratch_bytes
+        return self.ring_slots * self.device_slot_bytes + decoded
 
     @property
     def host_bytes(self) -> int:
-        return 2 * self.host_slot_bytes
+        return _STAGING_SLOTS * self.host_slot_bytes
 
 
-def buffers_for(inventory: Inventory, tiers: Mapping[str, Tier]) -> WeightBuffers:
+def buffers_for(inventory: Inventory, tiers: Mapping[str, Tier], *, ring_slots: int) -> WeightBuffers:
     """The buffers that a placement of the weights needs."""
 
     def largest(sizes: Iterator[int]) -> int:
@@ -54,6 +70,7 @@ def buffers_for(inventory: Inventory, tiers: Mapping[str, Tier]) -> WeightBuffer
         return sum(aligned(each.stored_bytes) for each in unit if tiers[each.name] in away)
 
     return WeightBuffers(
+        ring_slots=ring_slots,
         device_slot_bytes=largest(part(unit, "host", "disk") for unit in inventory.units),
         host_slot_bytes=largest(part(unit, "disk") for unit in inventory.units),
         decoded_bytes=largest(sum(aligned(each.decoded_bytes) for each in unit) for unit in inventory.units),
@@ -69,15 +86,16 @@ class WeightStore:
         inventory: Inventory,
         tiers: Mapping[str, Tier],
         *,
+        ring_slots: int,
         checkpoint: Checkpoint,
         sources: Sources,
         device: torch.device,
         disk: DiskSlab | None,
-        lane: Lane,
+        ledger: Ledger,
     ) -> None:
         self._inventory, self._tiers = inventory, tiers
         self._checkpoint, self._sources = checkpoint, sources
-        self._device, self._disk, self._lane = device, disk, lane
+        self._device, self._disk, self._ledger = device, disk, ledger
         self._disk_offsets: dict[str, int] = {}
         pinned = device.type == "cuda"
         placed = inventory.placeable.values()
@@ -85,26 +103,34 @@ class WeightStore:
         def resting(tier: Tier) -> int:
             return sum(aligned(each.stored_bytes) for each in placed if tiers[each.name] == tier)
 
-        buffers = buffers_for(inventory, tiers)
+        buffers = buffers_for(inventory, tiers, ring_slots=ring_slots)
         rest_bytes = sum(aligned(each.computed_bytes) for each in inventory.rest)
         self._device_slab = Slab(
             "weights on the device",
-            resting("device") + rest_bytes + 2 * buffers.device_slot_bytes + buffers.decoded_bytes,
+            resting("device")
+            + rest_bytes
+            + ring_slots * buffers.device_slot_bytes
+            + buffers.num_decoded * buffers.decoded_bytes,
             device=device,
         )
         self._host_slab = Slab(
             "weights on the host",
-            resting("host") + 2 * buffers.host_slot_bytes,
+            resting("host") + buffers.host_bytes,
             device=torch.device("cpu"),
             pinned=pinned,
         )
-        self._ring = [self._device_slab.take(buffers.device_slot_bytes) for _ in range(2)]
-        self._staging = [self._host_slab.take(buffers.host_slot_bytes) for _ in range(2)]
-        self._decoded = self._device_slab.take(buffers.decoded_bytes)
-        self._staged: list[torch.cuda.Event | None] = [None, None]
+        self._ring = [self._device_slab.take(buffers.device_slot_bytes) for _ in range(ring_slots)]
+        self._staging = [self._host_slab.take(buffers.host_slot_bytes) for _ in range(_STAGING_SLOTS)]
+        self._decoded = [self._device_slab.take(buffers.decoded_bytes) for _ in range(buffers.num_decoded)]
         self._homes: dict[str, Tensor] = {}
-        self._visits = 0
-        self._arriving: tuple[int, Ticket, int] | None = None
+        self._away = [[each for each in unit if tiers[each.name] != "device"] for unit in inventory.units]
+        self._expected: deque[int] = deque()
+        self._arriving: deque[_Arrival] = deque()
+        self._taken: deque[_Arrival] = deque()
+        self._num_fetched = self._num_read = self._num_taken = 0
+        self._read: deque[Ticket] = deque()  # when the copies out of each staging slot have been made
+        self._reader = Lane("weights from disk", device=device, ledger=ledger)
+        self._lane = Lane("weights", device=device, ledger=ledger)
         self.rest: dict[str, Tensor] = {}
 
     @property
@@ -174,58 +200,110 @@ class WeightStore:
 
     # --- streaming ---------------------------------------------------------------------------------------
 
-    def prefetch(self, unit: int) -> None:
-        """Start bringing a unit's tensors to the device, into the buffer that the unit before last used."""
-        if self._arriving is not None and self._arriving[0] == unit:
-            return
-        slot = self._visits % 2
-        self._visits += 1
-        away = [each for each in self._inventory.units[unit] if self._tiers[each.name] != "device"]
-        ticket = self._lane.submit(lambda: self._bring(away, slot))
-        self._arriving = (unit, ticket, slot)
+    def expect(self, *, sweeps: int) -> None:
+        """Units will be taken in order, `sweeps` times more: those that fit the ring start to arrive."""
+        num_units, known = len(self._inventory.units), len(self._expected)
+        wanted = sweeps * num_units - len(self._arriving)
+        for index in range(known, wanted):
+            self._expected.append((len(self._arriving) + index) % num_units)
+        self._fetch()
+
+    @property
+    def must_be_alone(self) -> bool:
+        """Whether a unit's decoded tensors take the place of the unit's before it."""
+        return len(self._decoded) == 1 and bool(len(self._decoded[0]))
+
+    def has_arrived(self) -> bool:
+        """Whether the unit that will be taken next is there already."""
+        return not self._arriving or all(ticket.is_done for ticket in self._arriving[0].tickets)
 
     def take(self, unit: int) -> dict[str, Tensor]:
-        """The unit's tensors on the device, ready to compute with, until the next `take`."""
-        self.prefetch(unit)
-        assert self._arriving is not None
-        _, ticket, slot = self._arriving
-        self._arriving = None
-        ticket.wait()
+        """The unit's tensors on the device, ready to compute with until it is released."""
+        arrival = self._arriving.popleft()
+        assert arrival.unit == unit, "units are taken in the order in which they were expected"
+        self._taken.append(arrival)
+        for ticket in arrival.tickets:
+            ticket.wait()
+        self._book(arrival)
+        buffer = self._decoded[self._num_taken % len(self._decoded)]
+        self._num_taken += 1
         tensors: dict[str, Tensor] = {}
         arrived = decoded = 0
         for tensor in self._inventory.units[unit]:
             if self._tiers[tensor.name] == "device":
                 payload = self._homes[tensor.name]
             else:
-                payload = self._ring[slot][arrived : arrived + tensor.stored_bytes]
+                payload = self._ring[arrival.slot][arrived : arrived + tensor.stored_bytes]
                 arrived += aligned(tensor.stored_bytes)
             if tensor.is_plain:
                 tensors[tensor.name] = _typed(payload, tensor)
             else:
-                target = _typed(self._decoded[decoded : decoded + tensor.decoded_bytes], tensor)
+                target = _typed(buffer[decoded : decoded + tensor.decoded_bytes], tensor)
                 tensor.codec.decode_into(payload, tensor.spec.shape, tensor.dtype, target)
                 tensors[tensor.name] = target
                 decoded += aligned(tensor.decoded_bytes)
         return tensors
 
-    def _bring(self, tensors: list[StoredTensor], slot: int) -> None:
-        arrived = staged = 0
-        staging_is_free = self._staged[slot]
-        if staging_is_free is not None:
-            staging_is_free.synchronize()
+    def release(self) -> None:
+        """The unit that was taken first is no longer computed with: its slot is for the next to come."""
+        self._taken.popleft()
+        self._fetch()
+
+    def _fetch(self) -> None:
+        """Start bringing expected units while there are free slots; those with nothing away need none."""
+        while self._expected and len(self._arriving) + len(self._taken) < len(self._ring):
+            unit = self._expected.popleft()
+            slot = self._num_fetched % len(self._ring)
+            self._num_fetched += 1
+            self._arriving.append(_Arrival(unit, slot, self._bring(self._away[unit], slot)))
+
+    def _bring(self, tensors: list[StoredTensor], slot: int) -> list[Ticket]:
+        """Read what is on disk into a staging slot, then copy everything; two lanes, so that a disk reads
+        the next unit while this one crosses."""
+        staged: dict[str, Tensor] = {}
+        read: list[Ticket] = []
+        from_disk = [each for each in tensors if self._tiers[each.name] == "disk"]
+        if from_disk:
+            buffer, start = self._staging[self._num_read % len(self._staging)], 0
+            for tensor in from_disk:
+                staged[tensor.name] = buffer[start : start + tensor.stored_bytes]
+                start += aligned(tensor.stored_bytes)
+            free = [self._read.popleft()] if len(self._read) == len(self._staging) else []
+            read = [self._reader.submit(lambda: self._read_all(from_disk, staged, free))]
+            self._num_read += 1
+        if not tensors:
+            return []
+        copied = self._lane.submit(lambda: self._copy_all(tensors, staged, slot), after=read)
+        if from_disk:
+            self._read.append(copied)
+        return [copied]
+
+    def _read_all(self, tensors: list[StoredTensor], staged: dict[str, Tensor], free: list[Ticket]) -> None:
+        for ticket in free:
+            ticket.wait_on_host()
         for tensor in tensors:
-            size = tensor.stored_bytes
-            if self._tiers[tensor.name] == "host":
-                source = self._homes[tensor.name]
-            else:
-                source = self._staging[slot][staged : staged + size]
-                staged += aligned(size)
-                with self._lane.booking(DISK_TO_HOST, "weights", size):
-                    self._read_stored(tensor, source)
-            target = self._ring[slot][arrived : arrived + size]
-            self._lane.copy(target, source, link=HOST_TO_DEVICE, content="weights")
-            arrived += aligned(size)
-        self._staged[slot] = self._lane.fence()
+            started_s = time.perf_counter()
+            self._read_stored(tensor, staged[tensor.name])
+            self._ledger.spend(DISK_TO_HOST, time.perf_counter() - started_s)
+
+    def _copy_all(self, tensors: list[StoredTensor], staged: dict[str, Tensor], slot: int) -> None:
+        arrived = 0
+        with self._lane.stopwatch.time(HOST_TO_DEVICE):
+            for tensor in tensors:
+                source = staged.get(tensor.name)
+                source = self._homes[tensor.name] if source is None else source
+                target = self._ring[slot][arrived : arrived + tensor.stored_bytes]
+                for start in range(0, tensor.stored_bytes, _PIECE_BYTES):
+                    piece = slice(start, start + _PIECE_BYTES)
+                    target[piece].copy_(source[piece], non_blocking=True)
+                arrived += aligned(tensor.stored_bytes)
+
+    def _book(self, arrival: "_Arrival") -> None:
+        """Count a unit's bytes when it is used, which may be a sweep after it began to arrive."""
+        for tensor in self._away[arrival.unit]:
+            if self._tiers[tensor.name] == "disk":
+                self._ledger.count(DISK_TO_HOST, "weights", tensor.stored_bytes)
+            self._ledger.count(HOST_TO_DEVICE, "weights", tensor.stored_bytes)
 
     def _read_stored(self, tensor: StoredTensor, target: Tensor) -> None:
         if tensor.is_as_in_checkpoint:
@@ -269,16 +347,37 @@ class WeightStore:
         return rows
 
     def settle(self) -> None:
-        """Wait for what is arriving, and book its time."""
-        self._lane.drain()
-        self._lane.stopwatch.settle()
+        """Book the time of the copies that have been made; raise what went wrong with any."""
+        for lane in (self._reader, self._lane):
+            lane.check()
+            lane.stopwatch.settle(waits=False)
+
+    def forget(self) -> None:
+        """No unit will be taken for now: wait for those on their way, and count what they moved."""
+        self._expected.clear()
+        for lane in (self._reader, self._lane):
+            lane.drain()
+            lane.stopwatch.settle()
+        for arrival in self._arriving:
+            self._book(arrival)
+        self._arriving.clear()
+        self._taken.clear()
 
     def close(self) -> None:
         """Give the memory back."""
         self._lane.close()
-        self._homes, self.rest, self._ring, self._staging = {}, {}, [], []
+        self._reader.close()
+        self._homes, self.rest, self._ring, self._staging, self._decoded = {}, {}, [], [], []
         self._device_slab.close()
         self._host_slab.close()
+
+
+class _Arrival(NamedTuple):
+    """A unit in a slot of the ring, and what says that it is there."""
+
+    unit: int
+    slot: int
+    tickets: list[Ticket]
 
 
 def _typed(payload: Tensor, tensor: StoredTensor) -> Tensor:

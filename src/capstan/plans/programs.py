@@ -62,9 +62,10 @@ class IntegerProgram:
         self._rows.append((dict(terms), value, value))
 
     def minimise(
-        self, cost: Terms, *, relative_gap: float = 1e-4, time_limit_s: float = 2.0
+        self, cost: Terms, *, relative_gap: float = 1e-4, time_limit_s: float = 2.0, relaxed: bool = False
     ) -> dict[str, float]:
-        """Solve to within `relative_gap` of the optimum; integer variables come back exactly integral.
+        """Solve to within `relative_gap` of the optimum; integer variables come back exactly integral, or
+        anywhere between integers when the program is `relaxed`, which is solved several times faster.
 
         Raises:
             DoesNotFit: no assignment satisfies the constraints, or none was found in `time_limit_s`.
@@ -89,7 +90,7 @@ class IntegerProgram:
         with _solver_speaks_on_standard_error():
             solution = milp(
                 c=dense(cost),
-                integrality=[int(integer) for _, _, integer in self._bounds.values()],
+                integrality=[int(integer and not relaxed) for _, _, integer in self._bounds.values()],
                 bounds=Bounds(
                     [low for low, _, _ in self._bounds.values()],
                     [high for _, high, _ in self._bounds.values()],
@@ -101,5 +102,6 @@ class IntegerProgram:
             raise DoesNotFit(f"The integer program has no solution: {solution.message}")
         values = dict(zip(names, map(float, solution.x), strict=True))
         return {
-            name: float(round(value)) if self._bounds[name][2] else value for name, value in values.items()
+            name: float(round(value)) if self._bounds[name][2] and not relaxed else value
+            for name, value in values.items()
         }

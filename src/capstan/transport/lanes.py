@@ -26,6 +26,14 @@ class Ticket:
         self._lane = lane
         self._future = future
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the task's effect is there already."""
+        if not self._future.done():
+            return False
+        event = self._issued()
+        return event is None or event.query()
+
     def _issued(self) -> torch.cuda.Event | None:
         try:
             return self._future.result(timeout=_PATIENCE_S)

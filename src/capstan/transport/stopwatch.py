@@ -1,17 +1,26 @@
 """Busy time of a resource, measured without stopping a GPU."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import NamedTuple
 
 import torch
 
 from capstan.transport.ledger import Ledger
 
 
+class _Lap(NamedTuple):
+    """A stretch of work of a resource, between two marks in a CUDA stream."""
+
+    resource: str
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+
+
 class Stopwatch:
-    """Books the time of a `with` block to a resource in the ledger.
+    """Books the time of stretches of work to resources in the ledger.
 
     On a CPU that is elapsed time. On CUDA it is the time between two events on the current stream,
     read when `settle()` is called, so that measuring never waits for the device.
@@ -20,28 +29,40 @@ class Stopwatch:
     def __init__(self, ledger: Ledger, device: torch.device) -> None:
         self._ledger = ledger
         self._on_cuda = device.type == "cuda"
-        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._pending: list[_Lap] = []
         self._lock = Lock()
+
+    def start(self, resource: str) -> Callable[[], None]:
+        """Begin a stretch of `resource`; call what is returned to end it."""
+        if not self._on_cuda:
+            start_s = time.perf_counter()
+            return lambda: self._ledger.spend(resource, time.perf_counter() - start_s)
+        lap = _Lap(resource, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        lap.start.record()
+
+        def stop() -> None:
+            lap.end.record()
+            with self._lock:
+                self._pending.append(lap)
+
+        return stop
 
     @contextmanager
     def time(self, resource: str) -> Iterator[None]:
         """Book the block to `resource`."""
-        if not self._on_cuda:
-            start_s = time.perf_counter()
-            yield
-            self._ledger.spend(resource, time.perf_counter() - start_s)
-            return
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+        stop = self.start(resource)
         yield
-        end.record()
-        with self._lock:
-            self._pending.append((resource, start, end))
+        stop()
 
-    def settle(self) -> None:
-        """Book what the device has measured; waits for the blocks that still run."""
+    def settle(self, *, waits: bool = True) -> None:
+        """Book what the device has measured; `waits` for the stretches that still run, or leaves them."""
         with self._lock:
             pending, self._pending = self._pending, []
-        for resource, start, end in pending:
-            end.synchronize()
-            self._ledger.spend(resource, start.elapsed_time(end) / 1e3)
+        for lap in pending:
+            if waits:
+                lap.end.synchronize()
+            elif not lap.end.query():
+                with self._lock:
+                    self._pending.append(lap)
+                continue
+            self._ledger.spend(lap.resource, lap.start.elapsed_time(lap.end) / 1e3)

@@ -1,0 +1,48 @@
+"""A plan's decisions in words."""
+
+from capstan.generation.batching import BlockShape
+from capstan.generation.model import Model
+from capstan.generation.placement import Placement, realised
+from capstan.plans import Choice, bytes_text
+
+
+def choices_of(
+    model: Model, placement: Placement, shape: BlockShape, *, keeps_cache: bool
+) -> tuple[Choice, ...]:
+    """What was decided, and why, for `explain`."""
+    tensors = list(model.inventory.placeable.values())
+    where = [placement.weights[each.name] for each in tensors]
+    sizes = [each.stored_bytes for each in tensors]
+    first = shape.batches[0]
+    choices = [
+        Choice(
+            name="block",
+            value=f"{len(shape.batches)} x {first.slots} sequences of up to {first.capacity} tokens",
+            reason="weights cross once for the whole block",
+        ),
+        Choice(name="weights", value=realised(where, sizes), reason=bytes_text(sum(sizes))),
+    ]
+    if keeps_cache:
+        rows = [layout.row_bytes for layout in model.formats]
+        room = sum(batch.slots * batch.capacity for batch in shape.batches)
+        choices.append(
+            Choice(
+                name="KV cache",
+                value=f"{realised(placement.cache, rows)} ({model.formats[0].codec.name})",
+                reason=bytes_text(room * sum(rows)),
+            )
+        )
+        choices.append(_attention_choice(placement, len(shape.batches)))
+    choices.append(Choice(name="activations", value=placement.activations))
+    return tuple(choices)
+
+
+def _attention_choice(placement: Placement, num_batches: int) -> Choice:
+    reason = "where a cache that is not on the device is attended; the link and the host share the work"
+    if all(tier == "device" for tier in placement.cache):
+        return Choice(name="attention", value="device", reason="where the cache is")
+    on_host = len(placement.host_batches(num_batches))
+    if on_host in (0, num_batches):
+        return Choice(name="attention", value="host" if on_host else "device", reason=reason)
+    value = f"host {on_host} of {num_batches} batches, device {num_batches - on_host}"
+    return Choice(name="attention", value=value, reason=reason)
