@@ -10,7 +10,7 @@ from capstan.codecs.stochastic import uniform
 from capstan.errors import InputError
 
 # Groups are read within +-2**126, so that neither their range nor any of their levels overflows float32.
-_LARGEST = 2.0**126
+LARGEST = 2.0**126
 
 LARGEST_LEVEL = 2.0**127
 """No level of a grid lies beyond: 2**126 and what rounding the step up adds."""
@@ -75,14 +75,14 @@ class Grid:
         return (None, numbers) if self.symmetric else (numbers[:, :1], numbers[:, 1:])
 
     def _fit_asymmetric(self, low: Tensor, high: Tensor) -> Tensor:
-        limit = min(torch.finfo(self.dtype).max, _LARGEST)
-        stored_low = _round_down(low.clamp(-limit, _LARGEST), self.dtype)
+        limit = min(torch.finfo(self.dtype).max, LARGEST)
+        stored_low = _round_down(low.clamp(-limit, LARGEST), self.dtype)
         # A group that lies below every number of the type has no span, not a negative one.
-        span = high.clamp(-_LARGEST, _LARGEST).sub_(stored_low.to(torch.float32)).clamp_(min=0)
+        span = high.clamp(-LARGEST, LARGEST).sub_(stored_low.to(torch.float32)).clamp_(min=0)
         return torch.cat((stored_low, self._step(span)), -1)
 
     def _fit_symmetric(self, largest: Tensor) -> Tensor:
-        return self._step(largest.clamp(max=_LARGEST))
+        return self._step(largest.clamp(max=LARGEST))
 
     def _step(self, span: Tensor) -> Tensor:
         """The smallest `dtype` number, or the one after it, of which `highest` cover the span.

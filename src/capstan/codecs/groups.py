@@ -4,6 +4,9 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Literal, Self
 
 import torch
@@ -36,6 +39,18 @@ _SCRATCH_BYTES = 64 * 2**20
 
 def _scratch_limit(device_type: str) -> int:
     return _CPU_SCRATCH_BYTES if device_type == "cpu" else _SCRATCH_BYTES
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The kernels of `groups_triton`, where there is a CUDA device and Triton that can build them."""
+    if device.type != "cuda":
+        return None
+    try:
+        kernels = import_module("capstan.codecs.groups_triton")
+    except ImportError:  # builds of torch without CUDA bring no Triton
+        return None
+    return kernels if kernels.run_on(device) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,16 +180,27 @@ class GroupQuantised(Codec):
     def _groups_per_block(self, scratch_bytes: int) -> int:
         return max(1, scratch_bytes // self._group_scratch_bytes)
 
-    def _blocks(self, values: Tensor) -> Iterator[Block]:
-        scratch = _scratch_limit(values.device.type)
-        rows = values.movedim(self.dim, -1) if values.dim() else values
+    def _blocks(self, rows: Tensor) -> Iterator[Block]:
+        scratch = _scratch_limit(rows.device.type)
         return blocks(rows, group_size=self.group_size, max_groups=self._groups_per_block(scratch))
+
+    def _rows(self, values: Tensor) -> Tensor:
+        return values.movedim(self.dim, -1) if values.dim() else values
+
+    def _kernels_for(self, rows: Tensor) -> ModuleType | None:
+        """The kernels that take such rows in one pass, if there are any."""
+        kernels = _kernels(rows.device)
+        return kernels if kernels and kernels.cover(self._grid, self.group_size, rows) else None
 
     def _write(self, values: Tensor, payload: Tensor, seed: int | None) -> None:
         if self.rounding == "stochastic" and seed is None:
             raise UsageError(f"{self.name} rounds stochastically. Give a seed, a new one for every tensor.")
+        rows = self._rows(values)
+        if self.rounding == "nearest" and (kernels := self._kernels_for(rows)):
+            kernels.encode(self._grid, self.group_size, rows, payload)
+            return
         records = payload.view(-1, self.group_bytes)
-        for first, count, part in self._blocks(values):
+        for first, count, part in self._blocks(rows):
             self._write_groups(self._filled_up(part, count), records[first : first + count], first, seed)
 
     def _write_groups(self, values: Tensor, records: Tensor, first: int, seed: int | None) -> None:
@@ -189,8 +215,12 @@ class GroupQuantised(Codec):
         records[:, self._code_bytes :] = numbers.view(torch.uint8)
 
     def _read(self, payload: Tensor, dtype: torch.dtype, out: Tensor) -> None:
+        rows = self._rows(out)
+        if kernels := self._kernels_for(rows):
+            kernels.decode(self._grid, self.group_size, payload, rows)
+            return
         records = payload.view(-1, self.group_bytes)
-        for first, count, part in self._blocks(out):
+        for first, count, part in self._blocks(rows):
             values = self._in_groups(part, count)
             if values is not None:
                 self._read_groups(records[first : first + count], values)
