@@ -112,6 +112,23 @@ def test_a_file_that_is_not_text_is_an_error(planner: Planner, tmp_path: Path) -
         read_batch(path, planner.model, max_tokens=3)
 
 
+@pytest.mark.parametrize("text", ["\ufeff", "\ufeff\n", "\ufeff\r\n"])
+def test_a_byte_order_mark_alone_is_no_line(text: str, planner: Planner, write: Callable[..., Path]) -> None:
+    path = write('{"prompt": "x"}')
+    path.write_bytes(text.encode())
+    assert not read_batch(path, planner.model, max_tokens=3).lines
+
+
+def test_a_byte_order_mark_belongs_to_no_line(planner: Planner, write: Callable[..., Path]) -> None:
+    path = write("\ufeff" + '{"prompt": "x"}', {"prompt": "y"}, "\ufeff" + '{"prompt": "z"}')
+    batch = read_batch(path, planner.model, max_tokens=3)
+    assert [asked.custom_id for asked in batch.requests] == ["line-1", "line-2"]
+    assert [bad.custom_id for bad in batch.bad_lines] == ["line-3"], "only at the start it is a mark"
+    path.write_bytes(path.read_bytes() + b"\xff")
+    with pytest.raises(InputError, match=rf"\(byte {path.stat().st_size - 1}\)"):
+        read_batch(path, planner.model, max_tokens=3)
+
+
 def test_a_planner_hears_of_one_length_for_each_answer(planner: Planner, write: Callable[..., Path]) -> None:
     path = write({"prompt": "abc", "n": 2}, "what?", {"prompt": "x", "max_tokens": 9})
     batch = read_batch(path, planner.model, max_tokens=3)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from capstan.errors import InputError
 from capstan.generation.batch_answers import answer_line, error_line
+from capstan.generation.batch_ids import text_lines
 from capstan.generation.batch_lines import BadLine, BatchRequest, parse_lines
 from capstan.generation.batching import Length
 from capstan.generation.engine import Engine
@@ -58,21 +58,14 @@ def read_batch(path: Path, model: Model, *, max_tokens: int) -> BatchFile:
     Raises:
         InputError: there is no such file, or it is not text.
     """
-    try:
-        data = path.read_bytes()
-        text = data.decode()
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror}. Name a JSONL file with --input."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); is it compressed?") from error
+    digest = hashlib.sha256()
+    lines = parse_lines(text_lines(path, digest.update), model, max_tokens=max_tokens)
     return BatchFile(
         path=path,
-        digest=hashlib.sha256(data).hexdigest(),
+        digest=digest.hexdigest(),
         created=int(path.stat().st_mtime),
         max_tokens=max_tokens,
-        lines=parse_lines(text.split("\n"), model, max_tokens=max_tokens),
+        lines=lines,
     )
 
 
