@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from capstan.errors import CapstanError, InputError, UsageError
 from capstan.generation.batch_ids import BatchLine, batch_lines
+from capstan.generation.batch_shard import WHOLE, Shard
 from capstan.generation.model import Model
 from capstan.generation.prompts import chat_tokens, check_length, tokens_of
 from capstan.generation.requests import Request
@@ -85,12 +86,18 @@ class BadLine(NamedTuple):
     reason: str
 
 
-def parse_lines(lines: Iterable[str], model: Model, *, max_tokens: int) -> list[BatchRequest | BadLine]:
-    """Read every line; what is wrong with one does not stop the others.
+def parse_lines(
+    lines: Iterable[str], model: Model, *, max_tokens: int, shard: Shard = WHOLE
+) -> list[BatchRequest | BadLine]:
+    """Read every line of a shard; what is wrong with one does not stop the others.
 
     `max_tokens` is for lines that state none. Empty lines are passed over.
     """
-    return [_parse_line(line, model, max_tokens) for line in batch_lines(lines)]
+    return [
+        _parse_line(line, model, max_tokens)
+        for position, line in enumerate(batch_lines(lines), start=1)
+        if shard.holds(position)
+    ]
 
 
 def _parse_line(line: BatchLine, model: Model, max_tokens: int) -> BatchRequest | BadLine:
