@@ -35,6 +35,7 @@ def test_help_of_generate_teaches(run: Callable[..., Any]) -> None:
         "--cache-bits",
         "--place",
         "--max-tokens",
+        "--shard",
         "--overwrite",
         "--explain",
         "--json",
@@ -55,6 +56,19 @@ def test_help_of_generate_teaches(run: Callable[..., Any]) -> None:
         "capstan generate --model DIR --input prompts.jsonl --device-memory 8GiB --explain",
     ):
         assert words in ran.words, words
+
+
+def test_help_of_sharding_and_merging_leads_from_one_to_the_other(run: Callable[..., Any]) -> None:
+    generate, merge = (run(verb, "--help").words for verb in ("generate", "merge"))
+    for words in ("--shard", "the I-th of N shares of the input, as 2/8", "`capstan merge`"):
+        assert words in generate, words
+    for words in (
+        "The outputs of `capstan generate --shard`, all of them",
+        "Every line of the input must be answered exactly once",
+        "named by file and line, and nothing is written",
+        "capstan merge out-*.jsonl --input in.jsonl --output all.jsonl",
+    ):
+        assert words in merge, words
 
 
 def test_version(run: Callable[..., Any]) -> None:
@@ -85,9 +99,18 @@ def test_a_mistyped_option_is_wrong_usage_with_a_suggestion(run: Callable[..., A
         (["--model", "x", "--input", "y", "--max-tokens", "0"], "max-tokens"),
         (["--model", "x", "--input", "y", "--max-tokens", "many"], "max-tokens"),
         (["--model", "x", "--input", "y", "--weight-bits", "four"], "weight-bits"),
+        (["--model", "x", "--shard", "2/8"], "input"),
         (["--model", "x", "--input", "y", "more"], "more"),
     ],
-    ids=["no model", "no input", "no tokens", "tokens in words", "bits in words", "an argument too many"],
+    ids=[
+        "no model",
+        "no input",
+        "no tokens",
+        "tokens in words",
+        "bits in words",
+        "no input, a shard",
+        "an argument too many",
+    ],
 )
 def test_a_wrong_command_line_is_wrong_usage(words: list[str], named: str, run: Callable[..., Any]) -> None:
     ran = run("generate", *words)

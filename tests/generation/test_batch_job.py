@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from capstan.errors import DoesNotFit, InputError
 from capstan.generation import plan_for
+from capstan.generation.batch_answers import error_line
 from capstan.generation.batch_job import BatchReport, lengths_of, open_journal, read_batch, run_batch
+from capstan.generation.batch_shard import Shard
 from capstan.generation.batching import Length
 from capstan.generation.planner import Planner
 from capstan.hardware import Machine
@@ -109,6 +111,23 @@ def test_a_file_that_is_not_text_is_an_error(planner: Planner, tmp_path: Path) -
     path = tmp_path / "requests.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "x"}\n'))
     with pytest.raises(InputError, match=r"is not UTF-8 text \(byte 1\); is it compressed\?"):
+        read_batch(path, planner.model, max_tokens=3)
+
+
+@pytest.mark.parametrize("text", ["\ufeff", "\ufeff\n", "\ufeff\r\n"])
+def test_a_byte_order_mark_alone_is_no_line(text: str, planner: Planner, write: Callable[..., Path]) -> None:
+    path = write('{"prompt": "x"}')
+    path.write_bytes(text.encode())
+    assert not read_batch(path, planner.model, max_tokens=3).lines
+
+
+def test_a_byte_order_mark_belongs_to_no_line(planner: Planner, write: Callable[..., Path]) -> None:
+    path = write("\ufeff" + '{"prompt": "x"}', {"prompt": "y"}, "\ufeff" + '{"prompt": "z"}')
+    batch = read_batch(path, planner.model, max_tokens=3)
+    assert [asked.custom_id for asked in batch.requests] == ["line-1", "line-2"]
+    assert [bad.custom_id for bad in batch.bad_lines] == ["line-3"], "only at the start it is a mark"
+    path.write_bytes(path.read_bytes() + b"\xff")
+    with pytest.raises(InputError, match=rf"\(byte {path.stat().st_size - 1}\)"):
         read_batch(path, planner.model, max_tokens=3)
 
 
@@ -379,7 +398,41 @@ def test_another_default_of_max_tokens_is_refused(
 ) -> None:
     path = write({"prompt": "x"})
     run(path, max_tokens=3)
-    assert "another --max-tokens;" in refused(planner, path, output, max_tokens=4)
+    assert "another --max-tokens (3, not 4);" in refused(planner, path, output, max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("begun", "then", "named"),
+    [("1/2", "2/2", "1/2, not 2/2"), ("1/2", "1/1", "1/2, not none"), ("1/1", "1/2", "none, not 1/2")],
+)
+def test_the_output_of_another_shard_is_refused(
+    begun: str, then: str, named: str, planner: Planner, write: Callable[..., Path], output: Path
+) -> None:
+    path = write("bad", "worse", {"prompt": "x"})
+    first, other = (
+        read_batch(path, planner.model, max_tokens=3, shard=Shard.parse(text)) for text in (begun, then)
+    )
+    with open_journal(first, output, planner.model, overwrite=False) as journal:
+        journal.append([error_line(bad) for bad in first.bad_lines])
+    before = output.read_bytes()
+    with pytest.raises(InputError) as raised:
+        open_journal(other, output, planner.model, overwrite=False)
+    assert f"another --shard ({named});" in str(raised.value)
+    assert output.read_bytes() == before
+    with open_journal(first, output, planner.model, overwrite=False) as journal:
+        assert journal.answered == {bad.custom_id for bad in first.bad_lines}
+
+
+def test_a_job_from_before_there_were_shards_goes_on(
+    run: Callable[..., BatchReport], write: Callable[..., Path], output: Path
+) -> None:
+    path = write({"prompt": "x"})
+    run(path)
+    beside = output.with_name(output.name + ".job")
+    job = json.loads(beside.read_text())
+    assert job.pop("--shard") is None
+    beside.write_text(json.dumps(job))
+    assert run(path).num_answered_before == 1
 
 
 def test_a_custom_id_with_half_a_surrogate_pair_does_not_stop_the_job(

@@ -183,6 +183,12 @@ def test_messages_become_a_prompt_by_the_models_template(
     assert model.tokenizer.decode(asked.request.prompt) == "<system>be brief<user>hi<assistant>"
 
 
+def test_text_parts_are_joined_as_they_are(accept: Callable[..., BatchRequest], model: Any) -> None:
+    parts = [{"type": "text", "text": "to be "}, {"type": "text", "text": "or not"}]
+    asked = accept(messages=[{"role": "user", "content": parts}, {"role": "user", "content": []}])
+    assert model.tokenizer.decode(asked.request.prompt) == "<user>to be or not<user><assistant>"
+
+
 def test_what_changes_nothing_may_be_said(accept: Callable[..., BatchRequest]) -> None:
     accept(
         prompt="x",
@@ -205,6 +211,13 @@ def test_lines_without_text_are_passed_over_and_counted(model: Any) -> None:
 
 
 # --- what is refused --------------------------------------------------------------------------------------
+
+
+TEXT = {"type": "text", "text": "hi"}
+
+
+def spoken(*parts: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": parts}]}
 
 
 def openai(**changes: Any) -> dict[str, Any]:
@@ -260,6 +273,10 @@ def openai(**changes: Any) -> dict[str, Any]:
         ({"messages": [USER], "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "no robots"),
         ({"messages": []}, "empty conversation"),
+        (spoken(TEXT, {"type": "image_url", "image_url": {}}), "message 1, part 2: 'image_url' is not text"),
+        (spoken({"type": "text"}), "message 1, part 1: 'text' is not text that can be read"),
+        (spoken({"type": "text", "text": 5}), "message 1, part 1: 'text' is not text that can be read"),
+        (spoken("hi"), "message 1, part 1: 'hi' is not text"),
         ({"messages": "hi"}, "messages"),
         ({"messages": ["hi"]}, "messages"),
         (openai(url=CHAT), "/v1/chat/completions takes messages"),

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from capstan.cli.demo import demo
 from capstan.cli.generate import generate
+from capstan.cli.merge import merge
 from capstan.cli.probe import probe
 from capstan.errors import CapstanError
 
@@ -25,7 +26,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _INTERRUPTED = 130
-VERBS: dict[str, Callable[..., None]] = {"probe": probe, "generate": generate, "demo": demo}
+VERBS: dict[str, Callable[..., None]] = {
+    "probe": probe,
+    "generate": generate,
+    "merge": merge,
+    "demo": demo,
+}
 for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
 

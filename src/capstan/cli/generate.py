@@ -13,6 +13,7 @@ from capstan.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from capstan.generation.batch_job import BatchFile, BatchReport
+    from capstan.generation.batch_shard import Shard
     from capstan.generation.job import Progress
     from capstan.generation.planner import JobPlan
 
@@ -69,6 +70,14 @@ PlaceOption = Annotated[
         "cache=host  activations=device  attention=host. What is not placed is planned."
     ),
 ]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Answer only the I-th of N shares of the input, as 2/8: start one job for each I, on machines "
+        "that need not know each other, and put the outputs together with `capstan merge`.",
+    ),
+]
 MaxTokensOption = Annotated[int, typer.Option(min=1, help="New tokens for lines that do not say how many.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Start anew even though the output exists.")
@@ -96,6 +105,7 @@ def generate(
     cache_bits: CacheBitsOption = None,
     place: PlaceOption = None,
     max_tokens: MaxTokensOption = 128,
+    shard: ShardOption = None,
     overwrite: OverwriteOption = False,
     explain: ExplainOption = False,
     as_json: JsonOption = False,
@@ -110,11 +120,13 @@ def generate(
     """
     # Imported here: torch and transformers take seconds, which `capstan --help` need not.
     from capstan.generation.batch_job import lengths_of, open_journal, read_batch, run_batch
+    from capstan.generation.batch_shard import WHOLE, Shard
     from capstan.generation.engine import plan_for
     from capstan.plans import compare
     from capstan.plans import explain as explain_plan
 
     errors = Console(stderr=True, highlight=False)
+    share = Shard.parse(shard) if shard is not None else WHOLE
     quieten_transformers()
     if output is None and not explain:
         raise UsageError("Say where the answers go with --output, or ask only for the plan with --explain.")
@@ -129,11 +141,12 @@ def generate(
             cache_bits=cache_bits,
             place=place or (),
         )
-        batch = read_batch(input_file, planner.model, max_tokens=max_tokens)
+        batch = read_batch(input_file, planner.model, max_tokens=max_tokens, shard=share)
     _report_bad_lines(batch, errors)
     if explain:
         if not batch.requests:
-            raise InputError(f"{input_file} has no request that can be answered: nothing to plan.")
+            asked = input_file if share == WHOLE else f"Shard {share} of {input_file}"
+            raise InputError(f"{asked} has no request that can be answered: nothing to plan.")
         plan = planner.plan(lengths_of(batch.requests)).plan
         as_object = {"verb": "generate", "plan": plan.to_dict(), "trace": None}
         typer.echo(json.dumps(as_object) if as_json else explain_plan(plan))
@@ -159,7 +172,7 @@ def generate(
                 on_progress=watch.generated,
             )
     if as_json:
-        typer.echo(json.dumps(_as_json(report, output)))
+        typer.echo(json.dumps(_as_json(report, output, share)))
         return
     if report.plan is not None and report.trace is not None:
         typer.echo(compare(report.plan, report.trace))
@@ -190,10 +203,11 @@ def _summary(report: "BatchReport", output: Path) -> str:
     return f"{output}: {', '.join(parts)}."
 
 
-def _as_json(report: "BatchReport", output: Path) -> dict[str, Any]:
+def _as_json(report: "BatchReport", output: Path, shard: "Shard") -> dict[str, Any]:
     return {
         "verb": "generate",
         "output": str(output),
+        "shard": str(shard),
         "num_answered": report.num_answered,
         "num_errors": report.num_errors,
         "num_answered_before": report.num_answered_before,

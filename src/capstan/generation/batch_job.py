@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from capstan.errors import InputError
 from capstan.generation.batch_answers import answer_line, error_line
+from capstan.generation.batch_ids import text_lines
 from capstan.generation.batch_lines import BadLine, BatchRequest, parse_lines
+from capstan.generation.batch_shard import WHOLE, Shard
 from capstan.generation.batching import Length
 from capstan.generation.engine import Engine
 from capstan.generation.job import OnProgress, Progress
@@ -24,12 +25,13 @@ _SAMPLE_BYTES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class BatchFile:
-    """A parsed input file."""
+    """A parsed input file, or the share of it that is to be answered."""
 
     path: Path
     digest: str
     created: int
     max_tokens: int
+    shard: Shard
     lines: Sequence[BatchRequest | BadLine]
 
     @property
@@ -52,27 +54,21 @@ class BatchReport:
     trace: Trace | None
 
 
-def read_batch(path: Path, model: Model, *, max_tokens: int) -> BatchFile:
-    """Read and parse an input file.
+def read_batch(path: Path, model: Model, *, max_tokens: int, shard: Shard = WHOLE) -> BatchFile:
+    """Read an input file and parse a shard of it.
 
     Raises:
         InputError: there is no such file, or it is not text.
     """
-    try:
-        data = path.read_bytes()
-        text = data.decode()
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror}. Name a JSONL file with --input."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); is it compressed?") from error
+    digest = hashlib.sha256()
+    lines = parse_lines(text_lines(path, digest.update), model, max_tokens=max_tokens, shard=shard)
     return BatchFile(
         path=path,
-        digest=hashlib.sha256(data).hexdigest(),
+        digest=digest.hexdigest(),
         created=int(path.stat().st_mtime),
         max_tokens=max_tokens,
-        lines=parse_lines(text.split("\n"), model, max_tokens=max_tokens),
+        shard=shard,
+        lines=lines,
     )
 
 
@@ -90,6 +86,7 @@ def open_journal(batch: BatchFile, output: Path, model: Model, *, overwrite: boo
     codecs = {tensor.codec.name for unit in model.inventory.units for tensor in unit}
     job = {
         "input": batch.digest,
+        "--shard": None if batch.shard == WHOLE else str(batch.shard),
         "--max-tokens": batch.max_tokens,
         "model": _fingerprint(model),
         "weights": sorted(codecs),

@@ -9,13 +9,14 @@ that other engines gave these extensions.
 Differs: temperature is 0 unless stated, so that the same file gives the same answers.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from capstan.errors import CapstanError, InputError, UsageError
+from capstan.generation.batch_ids import BatchLine, batch_lines
+from capstan.generation.batch_shard import WHOLE, Shard
 from capstan.generation.model import Model
 from capstan.generation.prompts import chat_tokens, check_length, tokens_of
 from capstan.generation.requests import Request
@@ -85,52 +86,35 @@ class BadLine(NamedTuple):
     reason: str
 
 
-def parse_lines(lines: Sequence[str], model: Model, *, max_tokens: int) -> list[BatchRequest | BadLine]:
-    """Read every line; what is wrong with one does not stop the others.
+def parse_lines(
+    lines: Iterable[str], model: Model, *, max_tokens: int, shard: Shard = WHOLE
+) -> list[BatchRequest | BadLine]:
+    """Read every line of a shard; what is wrong with one does not stop the others.
 
     `max_tokens` is for lines that state none. Empty lines are passed over.
     """
-    parsed: list[BatchRequest | BadLine] = []
-    first_use: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        outcome = _parse_line(line, number, model, max_tokens)
-        if outcome.custom_id in first_use:
-            reason = (
-                f"line {number}: custom_id {outcome.custom_id!r} was used on line "
-                f"{first_use[outcome.custom_id]}; give every line its own."
-            )
-            outcome = BadLine(_unused(f"line-{number}", first_use), reason)
-        first_use[outcome.custom_id] = number
-        parsed.append(outcome)
-    return parsed
+    return [
+        _parse_line(line, model, max_tokens)
+        for position, line in enumerate(batch_lines(lines), start=1)
+        if shard.holds(position)
+    ]
 
 
-def _unused(name: str, used: dict[str, int]) -> str:
-    while name in used:
-        name += "-again"
-    return name
-
-
-def _parse_line(line: str, number: int, model: Model, max_tokens: int) -> BatchRequest | BadLine:
-    custom_id = f"line-{number}"
+def _parse_line(line: BatchLine, model: Model, max_tokens: int) -> BatchRequest | BadLine:
     try:
-        raw = json.loads(line)
-        if not isinstance(raw, dict):
-            raise InputError(f"a JSON object was wanted, not {type(raw).__name__}")
-        if isinstance(raw.get("custom_id"), str) and raw["custom_id"]:
-            custom_id = raw["custom_id"]
-        body, url = _body_of(raw)
-        return _batch_request(custom_id, body, url, model, max_tokens)
+        if line.trouble is not None:
+            raise InputError(line.trouble)
+        body, url = _body_of(line.raw)
+        return _batch_request(line.custom_id, body, url, model, max_tokens)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][:2])
-        return BadLine(custom_id, f"line {number}: {where}: {first['msg']}")
+        reason = f"{where}: {first['msg']}"
     except RecursionError:
-        return BadLine(custom_id, f"line {number}: it is nested too deeply to be a request")
+        reason = "it is nested too deeply to be a request"
     except (CapstanError, ValueError, TypeError) as error:
-        return BadLine(custom_id, f"line {number}: {error}")
+        reason = str(error)
+    return BadLine(line.custom_id, f"line {line.number}: {reason}")
 
 
 def _body_of(raw: dict[str, Any]) -> tuple[_Body, str | None]:

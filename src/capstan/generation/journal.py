@@ -1,7 +1,7 @@
 """The output file of a batch job, which is its journal too.
 
 Every line is appended with one write and synced; nothing is ever rewritten. Beside it lies `OUTPUT.job`,
-which says what job it is: going on after kill -9 needs the same input and the same model. A lock on that
+which says what job it is: going on after kill -9 needs the same input, shard and model. A lock on that
 file, released by the kernel when the process dies, keeps two processes from answering into one file.
 """
 
@@ -74,7 +74,8 @@ def _encoded(line: Mapping[str, Any]) -> bytes:
         return json.dumps(line).encode() + b"\n"
 
 
-def _job_file(output: Path) -> Path:
+def job_file(output: Path) -> Path:
+    """The file beside an output that says what job it is of."""
     return output.with_name(output.name + ".job")
 
 
@@ -83,7 +84,7 @@ def _locked(output: Path) -> int:
         raise InputError(f"{output} is a folder. Name another --output, a file.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(_job_file(output), os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(job_file(output), os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}. Name another --output.") from error
     try:
@@ -107,29 +108,56 @@ def _resume(output: Path, lock: int, job: dict[str, Any], overwrite: bool) -> se
             )
         _write_job(lock, wanted)
         return set()
-    changed = [name for name in wanted if known.get(name) != wanted[name]]
+    changed = changes(known, wanted)
     if changed:
         raise InputError(
-            f"{output} belongs to a job with another {' and '.join(changed)}; going on would mix two jobs. "
+            f"{output} belongs to a job with another {changed}; going on would mix two jobs. "
             "Name another --output, or start anew with --overwrite."
         )
     return _answered(output)
 
 
+def changes(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What tells one job from another, in words; options with their values. Empty if nothing does."""
+    return " and ".join(
+        f"{name} ({known.get(name) or 'none'}, not {wanted[name] or 'none'})" if name[:2] == "--" else name
+        for name in wanted
+        if known.get(name) != wanted[name]
+    )
+
+
+def job_of(output: Path) -> dict[str, Any] | None:
+    """What job an output is of, or None if nothing beside it says so.
+
+    Raises:
+        InputError: what lies beside it is damaged.
+    """
+    path = job_file(output)
+    if not path.exists():
+        return None
+    known = _parsed(path.read_bytes())
+    if known is None:
+        raise InputError(f"{path} is damaged, so it is not known what {output} answers.")
+    return known
+
+
 def _read_job(output: Path, lock: int) -> dict[str, Any] | None:
     text = os.pread(lock, 1 << 20, 0)
-    if not text:
-        return None
-    try:
-        known = json.loads(text)
-    except ValueError:
-        known = None
-    if not isinstance(known, dict) or known.get("format") != _FORMAT:
+    known = _parsed(text)
+    if text and known is None:
         raise InputError(
-            f"{_job_file(output)} is damaged, so it is not known what {output} answers. "
+            f"{job_file(output)} is damaged, so it is not known what {output} answers. "
             "Name another --output, or start anew with --overwrite."
         )
     return known
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        job = json.loads(text)
+    except ValueError:
+        return None
+    return job if isinstance(job, dict) and job.get("format") == _FORMAT else None
 
 
 def _write_job(lock: int, job: dict[str, Any]) -> None:

@@ -30,8 +30,10 @@ def tokens_of(model: Model, prompt: str | Sequence[int]) -> list[int]:
 def chat_tokens(model: Model, messages: Sequence[dict[str, Any]]) -> list[int]:
     """The token ids of a conversation, by the model's own chat template, up to where the answer begins.
 
+    A content that is a list of text parts is one text, the parts put together as they are.
+
     Raises:
-        InputError: there is no chat template, or it refuses the messages.
+        InputError: there is no chat template, it refuses the messages, or a part is not text.
     """
     template = getattr(model.tokenizer, "chat_template", None)
     if template is None:
@@ -41,12 +43,28 @@ def chat_tokens(model: Model, messages: Sequence[dict[str, Any]]) -> list[int]:
         )
     from jinja2 import TemplateError
 
+    plain = [_in_plain_text(message, number) for number, message in enumerate(messages, start=1)]
     try:
-        text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = model.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"The chat template of {model.folder} refuses these messages: {error}") from error
     tokens = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     return tokens_of(model, tokens)
+
+
+def _in_plain_text(message: dict[str, Any], number: int) -> dict[str, Any]:
+    """A message whose content is not a list of parts but their text."""
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    for at, part in enumerate(parts, start=1):
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise InputError(
+                f"message {number}, part {at}: {kind!r} is not text that can be read; this engine takes only "
+                'parts such as {"type": "text", "text": "…"}.'
+            )
+    return {**message, "content": "".join(part["text"] for part in parts)}
 
 
 def check_length(model: Model, num_prompt_tokens: int, num_new: int) -> None:
