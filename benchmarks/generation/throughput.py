@@ -64,13 +64,16 @@ def main() -> None:
         flexllmgen_path=options.flexllmgen_path,
         flexllmgen_policy=options.flexllmgen_policy,
     )
-    results = run_all([_run(system, job, options) for system in systems], options.work)
+    labels = [f"{name} {systems[: index + 1].count(name)}" for index, name in enumerate(systems)]
+    labels = [label.removesuffix(" 1") for label in labels]
+    runs = [_run(label, name, job, options) for label, name in zip(labels, systems, strict=True)]
+    results = run_all(runs, options.work)
     print_table(results)
     if options.record:
         record_results(
             options.record,
             claim=f"{job.model} generates within {options.device_memory} of the {job.device}, beside "
-            + (", ".join(systems[1:]) or "nobody"),
+            + (", ".join(labels[1:]) or "nobody"),
             machine=probed,
             job=job,
             results=results,
@@ -78,8 +81,8 @@ def main() -> None:
         )
 
 
-def _run(system: str, job: Job, options: argparse.Namespace) -> Run:
-    run = Run(label=system, system=system, job=job)
+def _run(label: str, system: str, job: Job, options: argparse.Namespace) -> Run:
+    run = Run(label=label, system=system, job=job)
     if system == "capstan":
         return run
     return replace(run, python=options.peer_python or run.python, path=options.peer_path)
