@@ -29,7 +29,7 @@ fix: $(READY)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python benchmarks/generation/opt_shaped.py --size 125m --device-memory 400MiB --host-memory 1GiB --sequences 8 --prompt 64 --new 8
+	$(BIN)/python benchmarks/generation/throughput.py --model opt-125m --device-memory 400MiB --host-memory 1GiB --sequences 8 --prompt 64 --new 8
 
 bench-check: $(READY)
 	$(BIN)/python benchmarks/check_records.py
