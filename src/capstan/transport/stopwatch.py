@@ -13,28 +13,29 @@ from capstan.transport.ledger import Ledger
 class Stopwatch:
     """Books the time of a `with` block to a resource in the ledger.
 
-    On a CPU that is elapsed time. On CUDA it is the time between two events on the current stream,
+    On a CPU that is elapsed time. On CUDA it is the time between two events on the device's current stream,
     read when `settle()` is called, so that measuring never waits for the device.
     """
 
     def __init__(self, ledger: Ledger, device: torch.device) -> None:
         self._ledger = ledger
-        self._on_cuda = device.type == "cuda"
+        self._device = device
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._lock = Lock()
 
     @contextmanager
     def time(self, resource: str) -> Iterator[None]:
         """Book the block to `resource`."""
-        if not self._on_cuda:
+        if self._device.type != "cuda":
             start_s = time.perf_counter()
             yield
             self._ledger.spend(resource, time.perf_counter() - start_s)
             return
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+        stream = torch.cuda.current_stream(self._device)
+        start.record(stream)
         yield
-        end.record()
+        end.record(stream)
         with self._lock:
             self._pending.append((resource, start, end))
 
