@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from capstan.errors import InputError
+from capstan.hardware.direct_io import BLOCK_BYTES, NUM_REQUESTS
 from capstan.storage import Checkpoint
 
 DTYPES = [
@@ -200,6 +202,28 @@ def test_a_file_removed_after_opening_is_an_input_error(tmp_path):
         (tmp_path / "model.safetensors").unlink()
         with pytest.raises(InputError):
             _read(checkpoint, "a")
+
+
+def test_many_shards_take_no_more_threads_than_one(tmp_path):
+    sizes = {f"{number}.safetensors": {f"w{number}": torch.zeros(BLOCK_BYTES)} for number in range(4)}
+    _sharded(tmp_path, sizes)
+    with Checkpoint(tmp_path) as checkpoint:
+        for name in checkpoint.tensors:
+            _read(checkpoint, name)
+        assert 0 < _num_disk_threads() <= NUM_REQUESTS
+    assert _num_disk_threads() == 0
+
+
+def _num_disk_threads() -> int:
+    return sum(thread.name.startswith("capstan disk") for thread in threading.enumerate())
+
+
+def test_a_checkpoint_can_be_read_again_after_it_was_closed(tmp_path):
+    save_file({"a": torch.arange(BLOCK_BYTES)}, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        _read(checkpoint, "a")
+    with checkpoint:
+        assert torch.equal(_read(checkpoint, "a"), torch.arange(BLOCK_BYTES))
 
 
 def test_close_closes_every_file(tmp_path):

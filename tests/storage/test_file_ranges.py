@@ -158,19 +158,38 @@ def _num_cached_pages(path: Path) -> int:
         return sum(page & 1 for page in resident)
 
 
-def test_reads_leave_nothing_behind_in_the_page_cache(tmp_path):
+@pytest.fixture
+def uncached(tmp_path) -> Path:
+    """A file of 10 MB of which nothing lies in the page cache."""
     path = tmp_path / "file"
     path.write_bytes(CONTENT * 2000)
-    num_pages = -(-path.stat().st_size // mmap.PAGESIZE)
     file = os.open(path, os.O_RDONLY)
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
     if _num_cached_pages(path) > 0:
-        os.close(file)
         pytest.skip("this file system keeps its pages whatever it is told")
-    os.pread(file, path.stat().st_size, 0)
-    assert _num_cached_pages(path) == num_pages  # so an ordinary read would be seen
+    return path
+
+
+def test_reads_leave_nothing_behind_in_the_page_cache(uncached):
+    size_bytes = uncached.stat().st_size
+    file = os.open(uncached, os.O_RDONLY)
+    os.pread(file, size_bytes, 0)
+    assert _num_cached_pages(uncached) == -(-size_bytes // mmap.PAGESIZE)  # an ordinary read would be seen
     ranges = FileRanges(file, "file")
-    ranges.read(0, torch.empty(path.stat().st_size, dtype=torch.uint8))
+    ranges.read(0, torch.empty(size_bytes, dtype=torch.uint8))
     ranges.close()
-    assert _num_cached_pages(path) <= 1  # an incomplete last page may stay
+    assert _num_cached_pages(uncached) <= 1  # an incomplete last page may stay
+
+
+def test_large_writes_leave_only_their_edges_in_the_page_cache(uncached):
+    """Where direct I/O is allowed; elsewhere they are at least being written back."""
+    ranges = _open(uncached)
+    ranges.write(77, _flat(CONTENT).repeat(1000))
+    os.fsync(ranges._descriptor)
+    if ranges._direct._is_refused:
+        os.posix_fadvise(ranges._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    ranges.close()
+    assert _num_cached_pages(uncached) <= 2
+    assert uncached.read_bytes() == CONTENT[:77] + CONTENT * 1000 + CONTENT[77:] + CONTENT * 999

@@ -1,6 +1,7 @@
 """Slabs: memory of an exact size, in pieces that do not touch each other."""
 
 import gc
+import mmap
 
 import psutil
 import pytest
@@ -8,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capstan.errors import DoesNotFit
+from capstan.errors import DeviceError, DoesNotFit
+from capstan.hardware.free_memory import Amount
 from capstan.storage import Slab
+from capstan.storage import slab as slab_module
 from capstan.storage.slab import ALIGNMENT, aligned
 
 CPU = torch.device("cpu")
@@ -100,6 +103,19 @@ def test_memory_is_given_back_after_close():
     assert process.memory_info().rss - before < 0.2 * size_bytes
 
 
+def test_memory_is_given_back_at_close_also_while_views_of_it_live():
+    size_bytes = 64 << 20
+    process = psutil.Process()
+    gc.collect()
+    before = process.memory_info().rss
+    slab = Slab("weights", size_bytes, device=CPU)
+    piece = slab.take(size_bytes)
+    piece.fill_(1)
+    slab.close()
+    assert process.memory_info().rss - before < 0.2 * size_bytes
+    assert piece.numel() == size_bytes
+
+
 def test_a_slab_takes_no_memory_before_it_is_written():
     before = psutil.Process().memory_info().rss
     with Slab("weights", 1 << 30, device=CPU):
@@ -117,6 +133,59 @@ def test_closing_twice_is_harmless():
 def test_a_slab_is_registered_with_cuda_only_where_there_is_one():
     with Slab("weights", 4096, device=CPU, pinned=True) as slab:
         assert slab.take(100).numel() == 100
+
+
+@pytest.fixture
+def pinning(monkeypatch) -> list[str]:
+    """Pinning as on a machine with CUDA, as far as the host's part goes; what CUDA was asked for."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(slab_module, "_register", lambda *_: asked.append("register"))
+    monkeypatch.setattr(slab_module, "_unregister", lambda *_: asked.append("unregister"))
+    return asked
+
+
+@pytest.mark.parametrize("size_bytes", [1, 4097, (64 << 20) + 4097])
+def test_a_pinned_slab_has_exactly_its_size_starts_as_zeros_and_lies_in_memory_at_once(pinning, size_bytes):
+    process = psutil.Process()
+    gc.collect()
+    before = process.memory_info().rss
+    with Slab("weights", size_bytes, device=CPU, pinned=True) as slab:
+        assert process.memory_info().rss - before > 0.8 * size_bytes - (1 << 20)
+        assert slab.size_bytes == slab.bytes.numel() == size_bytes
+        assert not slab.bytes.any()
+        assert pinning == ["register"]
+    assert pinning == ["register", "unregister"]
+
+
+@pytest.mark.parametrize("num_cores", [1, 3, 64])
+@pytest.mark.parametrize("size_bytes", [1, 4096, 12_345_678])
+def test_every_page_is_touched_by_however_many_threads(monkeypatch, num_cores, size_bytes):
+    monkeypatch.setattr(slab_module, "usable_cores", lambda: Amount(num_cores, None))
+    memory = torch.full((size_bytes,), 7, dtype=torch.uint8)
+    slab_module._make_resident(memory)
+    assert not memory[:: mmap.PAGESIZE].any()
+
+
+def test_a_pinned_slab_of_more_than_is_free_does_not_fit_and_nothing_is_touched(monkeypatch, pinning):
+    monkeypatch.setattr(slab_module, "free_host_memory", lambda: Amount(4095, None))
+    with pytest.raises(DoesNotFit, match=r"no 4,096 bytes of memory left for 'weights': 4,095 are free"):
+        Slab("weights", 4096, device=CPU, pinned=True)
+    assert pinning == []
+
+
+@pytest.mark.usefixtures("pinning")
+def test_a_slab_that_cannot_be_pinned_gives_its_memory_back(monkeypatch):
+    def refused(name: str, tensor: torch.Tensor) -> None:
+        raise DeviceError("CUDA could not pin")
+
+    monkeypatch.setattr(slab_module, "_register", refused)
+    size_bytes = 64 << 20
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(DeviceError) as kept:
+        Slab("weights", size_bytes, device=CPU, pinned=True)
+    assert psutil.Process().memory_info().rss - before < 0.2 * size_bytes
+    assert kept.value.__traceback__ is not None  # which still holds the slab
 
 
 @pytest.mark.gpu

@@ -158,3 +158,40 @@ def test_a_stopwatch_measures_the_device_and_not_the_thread_that_starts_it(ledge
     assert not torch.cuda.current_stream().query()  # measuring has not waited
     watch.settle()
     assert ledger.busy_s["device compute"] > 0.02  # at 10 GHz these cycles would take as long
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="about several GPUs")
+def test_order_is_kept_on_the_lanes_device_whichever_device_is_current(ledger):
+    device = torch.device("cuda", 1)
+    host = _pinned(3.0)
+    with torch.cuda.device(device):
+        values, seen = _on_device(7.0), _pinned()
+        _ = values * 2  # loads the kernel
+        torch.cuda.synchronize()
+    assert torch.cuda.current_device() == 0
+    with Lane("up", device=device, ledger=ledger) as lane:
+        with torch.cuda.device(device):
+            torch.cuda._sleep(LONG_CYCLES)
+            values.add_(1)
+        lane.submit(lambda: _copy(lane, seen, values), uses=[values]).wait_on_host()
+        assert (seen == 8).all()
+        lane.submit(lambda: (torch.cuda._sleep(LONG_CYCLES), _copy(lane, values, host))).wait()
+        with torch.cuda.device(device):
+            doubled = values * 2
+        assert (doubled.cpu() == 6).all()
+        lane.stopwatch.settle()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="about several GPUs")
+def test_after_orders_lanes_of_different_devices(ledger):
+    values, source, target = _on_device(), _pinned(5.0), _pinned()
+    torch.cuda.synchronize()
+    with (
+        Lane("up", device=torch.device("cuda", 0), ledger=ledger) as up,
+        Lane("down", device=torch.device("cuda", 1), ledger=ledger) as down,
+    ):
+        copied = up.submit(lambda: (torch.cuda._sleep(LONG_CYCLES), _copy(up, values, source)))
+        on_other = torch.empty(NUM_ELEMENTS, device="cuda:1")
+        down.submit(lambda: _copy(down, on_other, values), after=[copied])
+        down.submit(lambda: _copy(down, target, on_other)).wait_on_host()
+    assert (target == 5).all()

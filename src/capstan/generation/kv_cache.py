@@ -10,7 +10,7 @@ through a ring that is filled ahead in the order of the schedule; or the queries
 rows are read in place while the device goes on with other batches.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,71 +21,18 @@ from torch import Tensor
 
 from capstan.generation.attention import decode_attention, visible_rows
 from capstan.generation.batching import BatchWork, BlockShape, Chunk, Work
+from capstan.generation.cache_buffers import RING_SLOTS, cache_buffers, desk_sizes, region_bytes
 from capstan.generation.host_attention import Seats, attend_on_host, reads_in_place
-from capstan.generation.placement import Placement, Tier
+from capstan.generation.placement import Placement
 from capstan.generation.row_format import RowFormat
 from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE, HOST_TO_DISK
 from capstan.storage import DiskSlab, Slab
-from capstan.storage.slab import aligned
 from capstan.transport import Lane, Ledger, Stopwatch, Ticket
 
 HOST_ATTENTION = "host attention"
 
 # So many chunks of prompts may wait in device memory for their rows to leave.
 ROWS_IN_FLIGHT = 2
-
-# Batches whose rows are brought ahead of the one that is attended.
-_RING_SLOTS = 2
-
-
-def region_bytes(
-    formats: tuple[RowFormat, ...], tiers: tuple[Tier, ...], shape: BlockShape, tier: Tier
-) -> int:
-    """Bytes of all regions that rest on `tier`."""
-    rows = [batch.slots * batch.capacity for batch in shape.batches]
-    widths = Counter(layout.row_bytes for layout, where in zip(formats, tiers, strict=True) if where == tier)
-    return sum(layers * aligned(count * row_bytes) for row_bytes, layers in widths.items() for count in rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheBuffers:
-    """Sizes of what a block's cache needs beside its regions."""
-
-    ring_slot_bytes: int  # rows of one batch on their way to the device
-    staging_slot_bytes: int  # rows of one batch on their way from disk
-    outgoing_bytes: int  # rows of a chunk of prompts on their way to disk
-    desk_bytes: int  # new rows, queries and results of decoding sequences, on the host
-    result_bytes: int  # results of host attention, on the device
-
-    @property
-    def device_bytes(self) -> int:
-        return _RING_SLOTS * self.ring_slot_bytes + self.result_bytes
-
-    @property
-    def host_bytes(self) -> int:
-        return _RING_SLOTS * self.staging_slot_bytes + self.outgoing_bytes + self.desk_bytes
-
-
-def cache_buffers(
-    formats: tuple[RowFormat, ...], placement: Placement, shape: BlockShape, *, tokens: int
-) -> CacheBuffers:
-    """The buffers beside the regions, when a chunk of prompts has at most `tokens`."""
-    on_host = placement.host_batches(len(shape.batches))
-    rows = [batch.slots * batch.capacity for batch in shape.batches]
-
-    def widest(*where: Tier) -> int:
-        pairs = zip(formats, placement.cache, strict=True)
-        return max((layout.row_bytes for layout, tier in pairs if tier in where), default=0)
-
-    crossing = max((count for batch, count in enumerate(rows) if batch not in on_host), default=0)
-    desks = [_Desk.sizes(formats, placement, batch.slots) for batch in shape.batches]
-    return CacheBuffers(
-        ring_slot_bytes=aligned(crossing * widest("host", "disk")),
-        staging_slot_bytes=aligned(max(rows) * widest("disk")),
-        outgoing_bytes=aligned(tokens * widest("disk")),
-        desk_bytes=sum(sum(sizes) for sizes in desks),
-        result_bytes=sum(desks[batch].result for batch in on_host),
-    )
 
 
 class Lanes(NamedTuple):
@@ -97,27 +44,12 @@ class Lanes(NamedTuple):
     results: Lane
 
 
-class _DeskSizes(NamedTuple):
-    rows: int
-    queries: int
-    result: int
+class _Desk(NamedTuple):
+    """Host memory through which one batch's decoding sequences pass, as `DeskSizes` says."""
 
-
-class _Desk:
-    """Host memory through which one batch's decoding sequences pass on their way between device and cache."""
-
-    @staticmethod
-    def sizes(formats: tuple[RowFormat, ...], placement: Placement, slots: int) -> _DeskSizes:
-        away = [layout for layout, tier in zip(formats, placement.cache, strict=True) if tier != "device"]
-        heads = [(layout.geometry, layout.dtype.itemsize) for layout in away]
-        return _DeskSizes(
-            aligned(slots * max((layout.row_bytes for layout in away), default=0)),
-            aligned(slots * max((g.num_query_heads * g.key_size * size for g, size in heads), default=0)),
-            aligned(slots * max((g.num_query_heads * g.value_size * size for g, size in heads), default=0)),
-        )
-
-    def __init__(self, slab: Slab, sizes: _DeskSizes) -> None:
-        self.rows, self.queries, self.result = (slab.take(size) for size in sizes)
+    rows: Tensor
+    queries: Tensor
+    result: Tensor
 
 
 @dataclass
@@ -179,12 +111,12 @@ class KeyValueCache:
             device=torch.device("cpu"),
             pinned=device.type == "cuda",
         )
-        self._ring = [self._device_slab.take(buffers.ring_slot_bytes) for _ in range(_RING_SLOTS)]
-        self._staging = [self._host_slab.take(buffers.staging_slot_bytes) for _ in range(_RING_SLOTS)]
-        self._staged: list[torch.cuda.Event | None] = [None] * _RING_SLOTS
+        self._ring = [self._device_slab.take(buffers.ring_slot_bytes) for _ in range(RING_SLOTS)]
+        self._staging = [self._host_slab.take(buffers.staging_slot_bytes) for _ in range(RING_SLOTS)]
+        self._staged: list[torch.cuda.Event | None] = [None] * RING_SLOTS
         self._outgoing = self._host_slab.take(buffers.outgoing_bytes)
-        sizes = [_Desk.sizes(formats, placement, batch.slots) for batch in shape.batches]
-        self._desks = [_Desk(self._host_slab, each) for each in sizes]
+        sizes = [desk_sizes(formats, placement, batch.slots) for batch in shape.batches]
+        self._desks = [_Desk(*map(self._host_slab.take, each)) for each in sizes]
         self._results = {batch: self._device_slab.take(sizes[batch].result) for batch in self._host_batches}
         self._regions = {
             (layer, batch): self._region(layer, batch)
@@ -240,7 +172,7 @@ class KeyValueCache:
             for batch in self._decoding
             if self._is_brought(layer, batch)
         )
-        for _ in range(_RING_SLOTS):
+        for _ in range(RING_SLOTS):
             self._fetch_next()
 
     def _decoding_of(self, chunk: Chunk) -> _Decoding:
@@ -262,7 +194,7 @@ class KeyValueCache:
         if not self._to_fetch:
             return
         layer, batch = self._to_fetch.popleft()
-        slot = self._num_fetched % _RING_SLOTS
+        slot = self._num_fetched % RING_SLOTS
         self._num_fetched += 1
         works, width = self._decoding[batch].chunk.works, self._formats[layer].row_bytes
         # The last row of each sequence is the new token's, written when it is known.

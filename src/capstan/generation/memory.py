@@ -20,8 +20,9 @@ from capstan.errors import DoesNotFit
 from capstan.generation.activations import activation_buffers
 from capstan.generation.attention import workspace_bytes
 from capstan.generation.batching import BlockShape, Length
+from capstan.generation.cache_buffers import cache_buffers, region_bytes
 from capstan.generation.host_attention import reads_in_place, scratch_bytes
-from capstan.generation.kv_cache import ROWS_IN_FLIGHT, cache_buffers, region_bytes
+from capstan.generation.kv_cache import ROWS_IN_FLIGHT
 from capstan.generation.model import Model
 from capstan.generation.placement import Placement, Tier
 from capstan.generation.row_format import RowFormat

@@ -6,7 +6,6 @@ what was written is flushed and dropped from the page cache instead.
 """
 
 import errno
-import mmap
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from capstan.errors import DeviceError
+from capstan.hardware.huge_pages import huge_page_memory
 
 BLOCK_BYTES = 2**20
 SECTOR_BYTES = 4096
@@ -28,7 +28,9 @@ class UnnamedFile:
     def __init__(self, descriptor: int, *, is_direct: bool) -> None:
         self.is_direct = is_direct
         self._descriptor = descriptor
-        self._buffers = [aligned_buffer(BLOCK_BYTES) for _ in range(NUM_REQUESTS)]
+        self._buffers = request_buffers()
+        for buffer in self._buffers:
+            buffer[:] = os.urandom(BLOCK_BYTES)  # a disk may compress what repeats
         self._pool = ThreadPoolExecutor(NUM_REQUESTS)
 
     def write(self, size_bytes: int) -> None:
@@ -42,13 +44,13 @@ class UnnamedFile:
 
     def write_sector(self, offset: int) -> None:
         """Write one sector and wait until the disk has it."""
-        with memoryview(self._buffers[0])[:SECTOR_BYTES] as sector:
+        with self._buffers[0][:SECTOR_BYTES] as sector:
             _require_all(os.pwritev(self._descriptor, [sector], offset), SECTOR_BYTES)
         os.fsync(self._descriptor)
 
     def read_sector(self, offset: int) -> None:
         """Read one sector."""
-        with memoryview(self._buffers[0])[:SECTOR_BYTES] as sector:
+        with self._buffers[0][:SECTOR_BYTES] as sector:
             _require_all(os.preadv(self._descriptor, [sector], offset), SECTOR_BYTES)
 
     def forget(self) -> None:
@@ -61,9 +63,9 @@ class UnnamedFile:
         self._pool.shutdown()
         os.close(self._descriptor)
         for buffer in self._buffers:
-            buffer.close()
+            buffer.release()
 
-    def _in_lanes(self, move: Callable[[mmap.mmap, int], int], size_bytes: int) -> None:
+    def _in_lanes(self, move: Callable[[memoryview, int], int], size_bytes: int) -> None:
         """Every thread moves each `NUM_REQUESTS`-th block, so that many requests are in flight."""
 
         def lane(first: int) -> None:
@@ -74,11 +76,13 @@ class UnnamedFile:
             done.result()
 
 
-def aligned_buffer(size_bytes: int) -> mmap.mmap:
-    """Page-aligned memory, as direct I/O demands, of bytes that a disk cannot compress."""
-    buffer = mmap.mmap(-1, size_bytes)
-    buffer[:] = os.urandom(size_bytes)
-    return buffer
+def request_buffers() -> list[memoryview]:
+    """A block of page-aligned memory for each request, as direct I/O demands.
+
+    They lie in huge pages: a block that is scattered over small ones costs a disk many transfers.
+    """
+    memory = huge_page_memory(NUM_REQUESTS * BLOCK_BYTES)
+    return [memory[start : start + BLOCK_BYTES] for start in range(0, len(memory), BLOCK_BYTES)]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 
 from capstan.errors import InputError
+from capstan.storage.disk_requests import DiskRequests
 from capstan.storage.file_ranges import FileRanges
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -61,6 +62,7 @@ class Checkpoint:
         self.folder = folder
         self.tensors: Mapping[str, TensorRange] = _all_tensors(folder)
         self._open: dict[Path, FileRanges] = {}
+        self._requests = DiskRequests()
 
     @property
     def size_bytes(self) -> int:
@@ -72,7 +74,7 @@ class Checkpoint:
         entry = self.tensors[name]
         assert start + target.numel() <= entry.size_bytes, f"{name}: range beyond the tensor"
         if entry.file not in self._open:
-            self._open[entry.file] = FileRanges(_opened(entry.file), str(entry.file))
+            self._open[entry.file] = FileRanges(_opened(entry.file), str(entry.file), self._requests)
         self._open[entry.file].read(entry.offset + start, target)
 
     def close(self) -> None:
@@ -80,6 +82,7 @@ class Checkpoint:
         for ranges in self._open.values():
             ranges.close()
         self._open = {}
+        self._requests = DiskRequests()  # one that is read again starts anew
 
     def __enter__(self) -> Self:
         return self

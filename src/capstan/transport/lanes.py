@@ -46,10 +46,17 @@ class Ticket:
             ) from None
 
     def wait(self) -> None:
-        """Order the current stream (or, without CUDA, this thread) after the task; raise its error."""
+        """Order the current stream of the lane's device (or, without CUDA, this thread) after the task;
+        raise its error."""
         event = self._issued()
         if event is not None:
-            event.wait()
+            event.wait(torch.cuda.current_stream(event.device))
+
+    def wait_on(self, stream: torch.cuda.Stream) -> None:
+        """Order `stream`, which may be another device's, after the task; raise the task's error."""
+        event = self._issued()
+        if event is not None:
+            event.wait(stream)
 
     def wait_on_host(self) -> None:
         """Block this thread until the task's effect is in host memory or on disk."""
@@ -64,8 +71,10 @@ class Lane:
     def __init__(self, name: str, *, device: torch.device, ledger: Ledger) -> None:
         self.name = name
         self.ledger = ledger
-        self.stopwatch = Stopwatch(ledger, device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # With its index, since "cuda" alone means another device whenever a thread changes its current one.
+        self._device = device if self._stream is None else self._stream.device
+        self.stopwatch = Stopwatch(ledger, self._device)
         self._last: Ticket | None = None
         self._failure: BaseException | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"capstan {name}")
@@ -78,7 +87,7 @@ class Lane:
         uses: Sequence[torch.Tensor] = (),
     ) -> Ticket:
         """Run `task` after everything submitted here before, after `after`, and after the work that the
-        calling stream has been given so far.
+        calling thread's current stream of the lane's device has been given so far.
 
         `uses` names device tensors that the task reads and that the caller may drop before it has run.
         """
@@ -86,7 +95,7 @@ class Lane:
         ready = None
         if self._stream is not None:
             ready = torch.cuda.Event()
-            ready.record()
+            ready.record(torch.cuda.current_stream(self._device))
             for tensor in uses:
                 if tensor.is_cuda:
                     tensor.record_stream(self._stream)
@@ -123,9 +132,9 @@ class Lane:
                     ticket.wait()
                 task()
             return None
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
+        with torch.inference_mode(), torch.cuda.stream(self._stream):  # the lane's device is current, too
             for ticket in after:
-                ticket.wait()
+                ticket.wait_on(self._stream)
             if ready is not None:
                 ready.wait()
             task()

@@ -22,26 +22,27 @@ class _Lap(NamedTuple):
 class Stopwatch:
     """Books the time of stretches of work to resources in the ledger.
 
-    On a CPU that is elapsed time. On CUDA it is the time between two events on the current stream,
+    On a CPU that is elapsed time. On CUDA it is the time between two events on the device's current stream,
     read when `settle()` is called, so that measuring never waits for the device.
     """
 
     def __init__(self, ledger: Ledger, device: torch.device) -> None:
         self._ledger = ledger
-        self._on_cuda = device.type == "cuda"
+        self._device = device
         self._pending: list[_Lap] = []
         self._lock = Lock()
 
     def start(self, resource: str) -> Callable[[], None]:
         """Begin a stretch of `resource`; call what is returned to end it."""
-        if not self._on_cuda:
+        if self._device.type != "cuda":
             start_s = time.perf_counter()
             return lambda: self._ledger.spend(resource, time.perf_counter() - start_s)
         lap = _Lap(resource, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        lap.start.record()
+        stream = torch.cuda.current_stream(self._device)
+        lap.start.record(stream)
 
         def stop() -> None:
-            lap.end.record()
+            lap.end.record(stream)
             with self._lock:
                 self._pending.append(lap)
 
