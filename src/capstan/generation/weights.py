@@ -153,9 +153,12 @@ class WeightStore:
             tier = self._tiers[tensor.name]
             if tier != "disk":
                 slab = self._device_slab if tier == "device" else self._host_slab
-                self._homes[tensor.name] = slab.take(tensor.stored_bytes)
-                for start, payload in self._encoded_runs(tensor):
-                    self._homes[tensor.name][start : start + payload.numel()].copy_(payload)
+                home = self._homes[tensor.name] = slab.take(tensor.stored_bytes)
+                if tier == "host" and tensor.is_as_in_checkpoint:
+                    self._read_stored(tensor, home)
+                else:
+                    for start, payload in self._encoded_runs(tensor):
+                        home[start : start + payload.numel()].copy_(payload)
             elif not tensor.is_as_in_checkpoint:
                 assert self._disk is not None, "the planner reserves scratch space for encoded weights"
                 self._disk_offsets[tensor.name] = offset = self._disk.take(tensor.stored_bytes)
@@ -186,17 +189,19 @@ class WeightStore:
         row_bytes = width * tensor.dtype.itemsize
         encoded_row_bytes = tensor.codec.encoded_bytes((1, width), tensor.dtype)
         rows_at_once = max(1, LOADING_BYTES // row_bytes)
+        # Memory that is used again is read into several times faster than new memory.
+        buffer = Slab("loading", rows_at_once * row_bytes, device=torch.device("cpu")).bytes
         for piece in self._sources[tensor.name]:
             num_rows = prod(self._checkpoint.tensors[piece.source].shape) // width
             first_row = piece.start // width
             for row in range(0, num_rows, rows_at_once):
                 count = min(rows_at_once, num_rows - row)
-                raw = torch.empty(count * row_bytes, dtype=torch.uint8)
+                raw = buffer[: count * row_bytes]
                 self._checkpoint.read(piece.source, raw, start=row * row_bytes)
-                values = raw.view(tensor.dtype).view(count, width)
                 if not tensor.is_as_in_checkpoint:
-                    values = values.to(self._device)
-                yield (first_row + row) * encoded_row_bytes, tensor.codec.encode(values).payload
+                    values = raw.view(tensor.dtype).view(count, width).to(self._device)
+                    raw = tensor.codec.encode(values).payload
+                yield (first_row + row) * encoded_row_bytes, raw
 
     # --- streaming ---------------------------------------------------------------------------------------
 
