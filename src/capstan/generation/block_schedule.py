@@ -277,7 +277,7 @@ class BlockSchedule:
         layer, batch = passage.visit
         new_rows = self._cache.append(layer, batch, passage.chunk, key, value)
         if self._cache.is_attended_on_host(layer, batch):
-            arrival, output = self._cache.attend_on_host(layer, batch, query.contiguous())
+            arrival, output = self._cache.attend_on_host(layer, batch, query.contiguous(), new_rows)
             self._let_others_go_on(passage)
             arrival.wait()
         else:

@@ -4,16 +4,20 @@
  * its slot; a row holds every key head's key, then every key head's value, as plain elements or as records
  * of GroupQuantised (codes, the first in the lowest bits; then low and step in float16). Arithmetic is in
  * float32 whatever the elements are. Work is shared out by sequence and by blocks of key heads, so that a
- * core reads runs of a few kilobytes.
+ * core reads runs of a few kilobytes. The threads are our own and sleep between calls: OpenMP's would spin,
+ * beside a Python that needs its cores.
  *
  * Compiled for the machine it runs on by capstan.hardware.compiler; vectors of 16 floats are lowered to
  * whatever that machine has.
  */
 
 #include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -55,7 +59,8 @@ typedef uint16_t words16 __attribute__((vector_size(32), aligned(2), may_alias))
 /* Mirrored by _Call in host_attention.py. */
 typedef struct {
     const uint8_t *prefix; /* [prefix_rows, row bytes], the first rows of every sequence */
-    const uint8_t *region; /* [slots, rows of a slot, row bytes], the rows after those */
+    uint8_t *region;       /* [slots, rows of a slot, row bytes], the rows after those */
+    const uint8_t *news;   /* [sequences, row bytes], the last row of each, to be put there; or NULL */
     const void *queries;   /* [sequences, key heads, PER_KEY, KEY_SIZE] of QUERY_KIND */
     void *outputs;         /* [sequences, key heads, PER_KEY, VALUE_SIZE] of QUERY_KIND */
     const int32_t *slots;  /* [sequences] */
@@ -328,13 +333,19 @@ static inline void prefetch(const uint8_t *rows[LANES], int64_t offset, int size
 
 static void attend(const Call *call, int sequence, int first_head, int heads, Scratch *scratch) {
     int64_t start = call->starts[sequence], end = call->ends[sequence], stride = scratch->stride;
-    const uint8_t *slot = call->region + call->slots[sequence] * call->slot_bytes;
+    uint8_t *slot = call->region + call->slots[sequence] * call->slot_bytes;
     int64_t key_offset = first_head * HEAD_BYTES(KEY_SIZE);
     int64_t value_offset = call->key_heads * HEAD_BYTES(KEY_SIZE) + first_head * HEAD_BYTES(VALUE_SIZE);
     float(*keys)[KEY_SIZE] = (float(*)[KEY_SIZE])scratch->tile;
     float(*values)[VALUE_SIZE] = (float(*)[VALUE_SIZE])scratch->tile;
     const uint8_t *rows[LANES], *next[LANES];
 
+    if (call->news) {
+        const uint8_t *from = call->news + sequence * call->row_bytes;
+        uint8_t *to = slot + (end - 1 - call->prefix_rows) * call->row_bytes;
+        memcpy(to + key_offset, from + key_offset, heads * HEAD_BYTES(KEY_SIZE));
+        memcpy(to + value_offset, from + value_offset, heads * HEAD_BYTES(VALUE_SIZE));
+    }
     for (int part = 0; part < PER_KEY; part += QUERIES) {
         int64_t first = ((int64_t)sequence * call->key_heads + first_head) * PER_KEY + part;
         for (int query = 0; query < heads * QUERIES; query++)
@@ -377,35 +388,103 @@ static void attend(const Call *call, int sequence, int first_head, int heads, Sc
     }
 }
 
+/* --- threads -------------------------------------------------------------------------------------------- */
+
+/* What all threads of one call take their tasks from. */
+typedef struct {
+    const Call *call;
+    int heads, runs; /* key heads of a run, and runs of a sequence */
+    int64_t stride;
+    atomic_int next, failed;
+} Work;
+
+static void work_on(Work *work) {
+    const Call *call = work->call;
+    Scratch scratch = {.stride = work->stride};
+    int64_t queries = (int64_t)work->heads * QUERIES;
+    float *memory = malloc(sizeof(float) * queries * (KEY_SIZE + VALUE_SIZE + work->stride));
+    if (!memory) {
+        atomic_store(&work->failed, 1);
+        return;
+    }
+    scratch.queries = memory;
+    scratch.outputs = memory + queries * KEY_SIZE;
+    scratch.scores = memory + queries * (KEY_SIZE + VALUE_SIZE);
+    int task;
+    while ((task = atomic_fetch_add(&work->next, 1)) < call->sequences * work->runs) {
+        int first = task % work->runs * work->heads, left = call->key_heads - first;
+        attend(call, task / work->runs, first, left < work->heads ? left : work->heads, &scratch);
+    }
+    free(memory);
+}
+
+static struct {
+    pthread_mutex_t busy;  /* held during a call */
+    pthread_mutex_t lock;  /* guards what follows */
+    pthread_cond_t wake, done;
+    Work *work;
+    int threads, wanted, working;
+    pid_t owner; /* threads do not survive a fork */
+} pool = {.busy = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER,
+          .wake = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER};
+
+static void *helper(void *unused) {
+    (void)unused;
+    pthread_mutex_lock(&pool.lock);
+    for (;;) {
+        while (!pool.wanted) pthread_cond_wait(&pool.wake, &pool.lock);
+        pool.wanted--;
+        pool.working++;
+        Work *work = pool.work;
+        pthread_mutex_unlock(&pool.lock);
+        work_on(work);
+        pthread_mutex_lock(&pool.lock);
+        if (!--pool.working && !pool.wanted) pthread_cond_signal(&pool.done);
+    }
+    return NULL;
+}
+
+/* At least `count` threads that wait for work, or as many as the system grants. */
+static void hire(int count) {
+    if (pool.owner != getpid()) {
+        pool.owner = getpid();
+        pool.threads = pool.wanted = pool.working = 0;
+    }
+    pthread_attr_t detached;
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    for (pthread_t thread; pool.threads < count; pool.threads++)
+        if (pthread_create(&thread, &detached, helper, NULL)) break;
+    pthread_attr_destroy(&detached);
+}
+
 /* Returns 0, or 1 when there was no memory for scratch. */
 int capstan_attend(const Call *call) {
-    int heads = (RUN_BYTES + HEAD_BYTES(KEY_SIZE) - 1) / HEAD_BYTES(KEY_SIZE), failed = 0;
-    heads = heads > call->key_heads ? call->key_heads : heads;
-    int runs = (call->key_heads + heads - 1) / heads;
-    int64_t longest = 0;
+    Work work = {.call = call};
+    work.heads = (RUN_BYTES + HEAD_BYTES(KEY_SIZE) - 1) / HEAD_BYTES(KEY_SIZE);
+    work.heads = work.heads > call->key_heads ? call->key_heads : work.heads;
+    work.runs = (call->key_heads + work.heads - 1) / work.heads;
     for (int sequence = 0; sequence < call->sequences; sequence++) {
         int64_t rows = call->ends[sequence] - call->starts[sequence];
-        longest = rows > longest ? rows : longest;
+        work.stride = rows > work.stride ? rows : work.stride;
     }
-    int64_t stride = (longest + LANES - 1) / LANES * LANES;
-
-#pragma omp parallel num_threads(call->threads)
-    {
-        Scratch scratch = {.stride = stride};
-        float *memory = malloc(sizeof(float) * heads * QUERIES * (KEY_SIZE + VALUE_SIZE + stride));
-        if (!memory) {
-#pragma omp atomic write
-            failed = 1;
-        }
-        scratch.queries = memory;
-        scratch.outputs = memory + heads * QUERIES * KEY_SIZE;
-        scratch.scores = memory + heads * QUERIES * (KEY_SIZE + VALUE_SIZE);
-#pragma omp for schedule(dynamic)
-        for (int task = 0; task < call->sequences * runs; task++) {
-            int first = task % runs * heads, left = call->key_heads - first;
-            if (memory) attend(call, task / runs, first, left < heads ? left : heads, &scratch);
-        }
-        free(memory);
+    work.stride = (work.stride + LANES - 1) / LANES * LANES;
+    if (call->threads <= 1) {
+        work_on(&work);
+        return atomic_load(&work.failed);
     }
-    return failed;
+    pthread_mutex_lock(&pool.busy);
+    pthread_mutex_lock(&pool.lock);
+    hire(call->threads - 1);
+    pool.work = &work;
+    pool.wanted = call->threads - 1 < pool.threads ? call->threads - 1 : pool.threads;
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+    work_on(&work);
+    pthread_mutex_lock(&pool.lock);
+    pool.wanted = 0; /* whoever has not woken yet would find nothing left to do */
+    while (pool.working) pthread_cond_wait(&pool.done, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+    pthread_mutex_unlock(&pool.busy);
+    return atomic_load(&work.failed);
 }

@@ -37,6 +37,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         ("prefix", ctypes.c_void_p),
         ("region", ctypes.c_void_p),
+        ("news", ctypes.c_void_p),
         ("queries", ctypes.c_void_p),
         ("outputs", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
@@ -73,6 +74,7 @@ def attend_on_host(
     *,
     out: Tensor,
     prefix: Tensor | None = None,
+    new_rows: Tensor | None = None,
     threads: int | None = None,
 ) -> None:
     """Attend one new token of each sequence over its rows.
@@ -82,11 +84,12 @@ def attend_on_host(
         region: uint8 `[slots, capacity, row bytes]`, each sequence's rows one after the other in its slot.
         out: `[sequences, heads, value size]`, contiguous, of the query's dtype.
         prefix: uint8 `[rows, row bytes]`, rows that every sequence has before those in its slot.
+        new_rows: uint8 `[sequences, row bytes]`, each sequence's last row, to be put into its slot first.
         threads: how many processors to use; by default as many as torch does.
     """
     kernel = _kernel(layout, query.dtype) if _lies_simply(region) else None
     if kernel is None:
-        _attend_decoded(query, region, layout, seats, out, prefix)
+        _attend_decoded(query, region, layout, seats, out, prefix, new_rows)
         return
     geometry = layout.geometry
     starts = torch.zeros_like(seats.ends)
@@ -95,6 +98,7 @@ def attend_on_host(
     call = _Call(
         prefix=None if prefix is None else prefix.data_ptr(),
         region=region.data_ptr(),
+        news=None if new_rows is None else new_rows.data_ptr(),
         queries=query.data_ptr(),
         outputs=out.data_ptr(),
         slots=seats.slots.data_ptr(),
@@ -179,12 +183,20 @@ def _kernel(layout: RowFormat, query_dtype: torch.dtype) -> Any:
 
 
 def _attend_decoded(
-    query: Tensor, region: Tensor, layout: RowFormat, seats: Seats, out: Tensor, prefix: Tensor | None
+    query: Tensor,
+    region: Tensor,
+    layout: RowFormat,
+    seats: Seats,
+    out: Tensor,
+    prefix: Tensor | None,
+    new_rows: Tensor | None,
 ) -> None:
     """By way of decoded copies, one sequence at a time so that they stay small."""
     shared = 0 if prefix is None else len(prefix)
     for index, (slot, end) in enumerate(zip(seats.slots.tolist(), seats.ends.tolist(), strict=True)):
         rows = region[slot, : end - shared]
+        if new_rows is not None:
+            rows[-1] = new_rows[index]
         if prefix is not None:
             rows = torch.cat((prefix, rows))
         keys, values = layout.decode(rows[None])

@@ -36,12 +36,11 @@ ROWS_IN_FLIGHT = 2
 
 
 class Lanes(NamedTuple):
-    """What moves a cache's rows: to the device, away from it; and attention on the host with its results."""
+    """What moves a cache's rows to the device and away from it, and what attends them on the host."""
 
     rows_in: Lane
     rows_out: Lane
     attention: Lane
-    results: Lane
 
 
 class _Desk(NamedTuple):
@@ -129,6 +128,9 @@ class KeyValueCache:
         self._to_fetch: deque[tuple[int, int]] = deque()
         self._fetches: dict[tuple[int, int], _Fetch] = {}
         self._num_fetched = 0
+        # Beside an accelerator, one processor hands it its work and one moves bytes.
+        spare = 2 if device.type == "cuda" else 0
+        self._host_threads = max(1, torch.get_num_threads() - spare)
 
     @property
     def device_bytes(self) -> int:
@@ -300,13 +302,15 @@ class KeyValueCache:
 
     # --- attention on the host ---------------------------------------------------------------------------
 
-    def attend_on_host(self, layer: int, batch: int, query: Tensor) -> tuple[Ticket, Tensor]:
-        """Attend the decoding sequences of a batch, whose new rows have been appended, where rows rest.
+    def attend_on_host(
+        self, layer: int, batch: int, query: Tensor, new_rows: Tensor
+    ) -> tuple[Ticket, Tensor]:
+        """Attend the decoding sequences of a batch where their rows rest, the new tokens' rows among them.
 
         query: `[sequences, heads, size]` on the device. Returns what says that the result is there, and the
         result, `[sequences, heads, value size]` on the device.
         """
-        lanes, layout, decoding = self._lanes, self._formats[layer], self._decoding[batch]
+        layout, decoding = self._formats[layer], self._decoding[batch]
         geometry, count = layout.geometry, len(decoding.ends)
         desk = self._desks[batch]
         queries = _shaped(desk.queries, query.dtype, (count, geometry.num_query_heads, geometry.key_size))
@@ -314,40 +318,36 @@ class KeyValueCache:
         found = _shaped(desk.result, query.dtype, shape)
         result = _shaped(self._results[batch], query.dtype, shape)
         fetch = self._fetches.pop((layer, batch), None)
-
-        def send() -> None:
-            lanes.rows_out.copy(queries, query, link=DEVICE_TO_HOST, content="activations")
-            lanes.rows_out.synchronize()
+        rows = self._region_rows(layer, batch) if fetch is None else fetch.target
+        seats = decoding.seats if fetch is None else Seats.of(list(range(count)), decoding.ends)
+        fresh = _shaped(desk.rows, torch.uint8, (count, layout.row_bytes))
+        lane = self._lanes.attention
 
         def attend() -> None:
+            lane.copy(queries, query, link=DEVICE_TO_HOST, content="activations")
+            if fetch is None:  # else they pass through the desk on their way to disk
+                lane.copy(fresh, new_rows, link=DEVICE_TO_HOST, content="cache")
+            lane.synchronize()
             with Stopwatch(self._ledger, torch.device("cpu")).time(HOST_ATTENTION):
-                if fetch is None:
-                    attend_on_host(
-                        queries, self._region_rows(layer, batch), layout, decoding.seats, out=found
-                    )
-                    return
-                rows = _shaped(desk.rows, torch.uint8, (count, layout.row_bytes))
-                for index, end in enumerate(decoding.ends):
-                    fetch.target[index, end - 1] = rows[index]
                 attend_on_host(
-                    queries, fetch.target, layout, Seats.of(list(range(count)), decoding.ends), out=found
+                    queries, rows, layout, seats, out=found, new_rows=fresh, threads=self._host_threads
                 )
+            lane.copy(result, found, link=HOST_TO_DEVICE, content="activations")
 
-        def bring() -> None:
-            lanes.results.copy(result, found, link=HOST_TO_DEVICE, content="activations")
-
-        sent = lanes.rows_out.submit(send, uses=[query])
-        attended = lanes.attention.submit(attend, after=[sent, *([fetch.ticket] if fetch else [])])
-        return lanes.results.submit(bring, after=[attended]), result
+        before = [] if fetch is None else [fetch.ticket, self._stored[layer, batch]]
+        return lane.submit(attend, after=before, uses=[query, new_rows]), result
 
     # --- writing -----------------------------------------------------------------------------------------
 
     def append(self, layer: int, batch: int, chunk: Chunk, key: Tensor, value: Tensor) -> Tensor:
         """Encode a chunk's new keys and values `[tokens, key heads, size]` and send them to their region.
 
-        Returns the encoded rows `[tokens, row bytes]`, on the device.
+        Returns the encoded rows `[tokens, row bytes]`, on the device. New rows that host attention reads in
+        host memory go there with its queries.
         """
         rows = self._formats[layer].encode(key, value)
+        if not chunk.is_prefill and self._tiers[layer] == "host" and batch in self._host_batches:
+            return rows
         if self._tiers[layer] == "device":
             self._put(self._region_rows(layer, batch), batch, chunk, rows)
             return rows

@@ -20,7 +20,7 @@ from capstan.hardware.processor import processor_name
 
 logger = logging.getLogger(__name__)
 
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-pthread", "-shared", "-fPIC")
 _PATIENCE_S = 120.0
 
 
