@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from capstan.errors import UnsupportedModel
@@ -23,6 +24,12 @@ from capstan.storage.live_bytes import LiveBytes
 
 # Token counts for which intermediate values are measured, large enough that constant parts do not show.
 _SAMPLED_TOKENS = (256, 512)
+
+
+# Operations around a layer's own: attention, rows, hidden states.
+_OWN_OPERATIONS = 20
+# What Python does between two operations takes about as long again as starting one.
+_PYTHON_SHARE = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +120,11 @@ class Anatomy:
         return max(peaks.values())
 
     def _dispatch_s(self) -> float:
-        """Seconds that Python and torch's dispatcher need for one layer, however small its tensors."""
-        call = self._front(1).calls[0]
-        clocks = [_Clock() for _ in range(5)]
-        for clock in clocks:
-            self._run_on_meta(0, call, 1, _attend_on_meta, clock)
-        return min(clock.seconds for clock in clocks)
+        """Seconds that Python and torch's dispatcher need for one layer, however small its tensors: so much
+        for each operation, whose number is counted."""
+        counter = _OperationCounter()
+        self._run_on_meta(0, self._front(1).calls[0], 1, _attend_on_meta, counter)
+        return (counter.count + _OWN_OPERATIONS) * _PYTHON_SHARE * _operation_s()
 
     def _run_on_meta(
         self,
@@ -146,16 +152,29 @@ class Anatomy:
             skeleton.layer(index, hidden, call)
 
 
-class _Clock:
-    """Measures the seconds spent inside a `with` block."""
+class _OperationCounter(TorchDispatchMode):
+    """Counts the operations of a `with` block."""
 
-    seconds = 0.0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
 
-    def __enter__(self) -> None:
-        self._start_s = time.perf_counter()
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
-    def __exit__(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self._start_s
+
+@cache
+def _operation_s() -> float:
+    """Seconds that starting one small operation takes on this machine's fastest device."""
+    number = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    seconds = []
+    for _ in range(5):
+        started_s = time.perf_counter()
+        for _ in range(100):
+            number.add_(1)
+        seconds.append(time.perf_counter() - started_s)
+    return min(seconds) / 100
 
 
 def _to_meta(value: Any) -> Any:

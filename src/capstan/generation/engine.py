@@ -207,6 +207,8 @@ class Engine:
 
     def plan_job(self, lengths: Sequence[Length], *, keeps_cache: bool = True) -> JobPlan:
         """The plan for sequences of these lengths, with the weights where they lie."""
+        if keeps_cache and sorted(lengths) == sorted(self._opening.lengths):
+            return self._opening
         return self._planner.plan(lengths, opened=self._opening.placement, keeps_cache=keeps_cache)
 
     def _sequences(self, index: int, request: Request, *, fits: int | None = None) -> list[Growing]:

@@ -141,9 +141,11 @@ def sweep_busy_s(
         on_device += (size.rows_read - hosted) * layout.row_bytes
         layers_on_host += tier != "device"
     busy = {link: machine_link_s(machine, link, traffic.on(link)) for link in traffic.links}
+    computed_s = max(flops / rate, (touched + on_device) / device.memory_bandwidth_bytes_per_s)
+    dispatched_s = size.chunks * model.num_layers * model.anatomy.dispatch_s
+    # An accelerator computes one operation while the next is being dispatched.
     busy[DEVICE_COMPUTE] = (
-        max(flops / rate, (touched + on_device) / device.memory_bandwidth_bytes_per_s)
-        + size.chunks * model.num_layers * model.anatomy.dispatch_s
+        computed_s + dispatched_s if device.kind == "cpu" else max(computed_s, dispatched_s)
     )
     if on_host:
         visits = layers_on_host * len(placement.host_batches(size.batches))

@@ -49,6 +49,7 @@ class JobPlan:
     """A plan and the decisions behind it, as the engine runs them."""
 
     plan: Plan
+    lengths: Sequence[Length]
     placement: Placement
     shape: BlockShape
     logit_rows: int
@@ -126,6 +127,7 @@ class Planner:
             raise self._smallest_demand_error(job)
         return JobPlan(
             plan=self._written(best.placement, best.shape, job),
+            lengths=tuple(lengths),
             placement=best.placement,
             shape=best.shape,
             logit_rows=self._logit_rows,
@@ -160,22 +162,18 @@ class Planner:
                 shape = replace(shape, chunk_tokens=max(longest, shape.chunk_tokens // 4))
 
     def _shares(self, job: _Job, shape: BlockShape) -> Iterator[_Candidate]:
-        """Placements of a block: the offloaded cache attended on the device, on the host, and divided so
-        that the link and the host take equally long."""
-        wished = self.wish.attention
-        if not job.keeps_cache:
-            yield from self._solved(job, shape, 0.0, relaxed=True)
+        """Placements of a block: the offloaded cache attended on the host, and, if that takes longer than
+        the link is busy anyway, divided so that the two take equally long."""
+        if not job.keeps_cache or self.wish.attention is not None:
+            yield from self._solved(job, shape, self.wish.attention or 0.0, relaxed=True)
             return
-        if wished is not None:
-            yield from self._solved(job, shape, wished, relaxed=True)
-            return
-        yield from self._solved(job, shape, 0.0, relaxed=True)
         hosted = list(self._solved(job, shape, 1.0, relaxed=True))
         yield from hosted
-        for candidate in hosted:
-            share = self._balanced_share(job, candidate)
-            if 0 < share < 1:
-                yield from self._solved(job, shape, share, relaxed=True)
+        shares = {self._balanced_share(job, candidate) for candidate in hosted} or {0.0}
+        if not self._on_cuda:  # copies and attention take turns on one processor: all or nothing
+            shares = {0.0}
+        for share in shares - {1.0}:
+            yield from self._solved(job, shape, share, relaxed=True)
 
     def _balanced_share(self, job: _Job, candidate: _Candidate) -> float:
         """The share of the batches to be attended on the host for which it takes as long as the link, in a
@@ -187,7 +185,7 @@ class Planner:
         crossing = self._busy_s(near, self._decode_size(job, candidate.shape, near))
         attended_s = hosted.get(HOST_ATTENTION, 0.0)
         weights_s, all_s = hosted.get(HOST_TO_DEVICE, 0.0), crossing.get(HOST_TO_DEVICE, 0.0)
-        if attended_s <= weights_s or self.machine.device("device").kind == "cpu":
+        if attended_s <= weights_s:
             return 1.0
         # (1 - x) attended = weights + x (all - weights)
         share = 1 - (attended_s - weights_s) / (attended_s + all_s - weights_s)
