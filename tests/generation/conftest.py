@@ -338,8 +338,10 @@ def force_shape(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`force_shape(slots=2, batches=3)`: the planner considers no other block."""
 
     def force_shape(*, slots: int, batches: int, chunk_tokens: int = 20) -> None:
-        def shapes(_: Planner, lengths: Sequence[Length]) -> Iterator[BlockShape]:
-            yield shape_for(lengths, slots=slots, batches=batches, chunk_tokens=chunk_tokens)
+        def shapes(_: Planner, job: Any) -> Iterator[BlockShape]:
+            yield shape_for(
+                job.lengths, slots=slots, batches=batches, chunk_tokens=chunk_tokens, prefix=job.prefix
+            )
 
         monkeypatch.setattr(Planner, "_shapes", shapes)
 

@@ -119,7 +119,7 @@ def generate(
         capstan generate --model DIR --input prompts.jsonl --device-memory 8GiB --explain
     """
     # Imported here: torch and transformers take seconds, which `capstan --help` need not.
-    from capstan.generation.batch_job import lengths_of, open_journal, read_batch, run_batch
+    from capstan.generation.batch_job import lengths_of, open_journal, prefix_of, read_batch, run_batch
     from capstan.generation.batch_shard import WHOLE, Shard
     from capstan.generation.engine import plan_for
     from capstan.plans import compare
@@ -147,7 +147,8 @@ def generate(
         if not batch.requests:
             asked = input_file if share == WHOLE else f"Shard {share} of {input_file}"
             raise InputError(f"{asked} has no request that can be answered: nothing to plan.")
-        plan = planner.plan(lengths_of(batch.requests)).plan
+        wanted = batch.requests
+        plan = planner.plan(lengths_of(wanted), prefix=prefix_of(wanted, planner)).plan
         as_object = {"verb": "generate", "plan": plan.to_dict(), "trace": None}
         typer.echo(json.dumps(as_object) if as_json else explain_plan(plan))
         return

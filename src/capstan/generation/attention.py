@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from capstan.errors import UnsupportedModel
 
@@ -91,23 +92,32 @@ def geometry_of(
 
 
 def prefill_attention(query: Tensor, key: Tensor, value: Tensor, geometry: AttentionGeometry) -> Tensor:
-    """Causal attention of one whole prompt over itself.
+    """Causal attention of a prompt's last tokens over all of it.
 
-    query `[tokens, heads, size]`, key and value `[tokens, key heads, size]` → `[tokens, heads, value size]`.
+    query `[tokens, heads, size]`, key and value `[all tokens, key heads, size]` → `[tokens, heads, value
+    size]`.
     """
-    length = query.shape[0]
+    length = key.shape[0]
     if _is_fused(geometry, length, device_type=query.device.type, itemsize=query.dtype.itemsize):
         # (tokens, heads, size) -> (1, heads, tokens, size)
         output = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
             key.transpose(0, 1)[None],
             value.transpose(0, 1)[None],
-            is_causal=True,
+            attn_mask=None if len(query) == length else _last_queries_mask(len(query), length, query.device),
+            is_causal=len(query) == length,
             scale=geometry.scaling,
             enable_gqa=geometry.queries_per_key > 1,
         )
         return output[0].transpose(0, 1)
     return _prefill_by_query_chunks(query, key, value, geometry)
+
+
+def _last_queries_mask(num_queries: int, num_keys: int, device: torch.device) -> Any:
+    """Causal, for queries that are the last of the keys' positions; on CUDA a promise that kernels know."""
+    if device.type == "cuda":
+        return causal_lower_right(num_queries, num_keys)
+    return torch.ones(num_queries, num_keys, dtype=torch.bool).tril_(num_keys - num_queries)
 
 
 def _is_fused(geometry: AttentionGeometry, length: int, *, device_type: str, itemsize: int) -> bool:
@@ -121,21 +131,29 @@ def _is_fused(geometry: AttentionGeometry, length: int, *, device_type: str, ite
 def _prefill_by_query_chunks(
     query: Tensor, key: Tensor, value: Tensor, geometry: AttentionGeometry
 ) -> Tensor:
-    length, num_key_heads = query.shape[0], geometry.num_key_heads
+    length, num_key_heads = key.shape[0], geometry.num_key_heads
+    before = length - len(query)
     step = max(1, _SCORE_BYTES // (4 * geometry.num_query_heads * length))
-    output = query.new_empty(length, geometry.num_query_heads, geometry.value_size)
+    output = query.new_empty(len(query), geometry.num_query_heads, geometry.value_size)
     positions = torch.arange(length, device=query.device)
-    for start in range(0, length, step):
+    for start in range(before, length, step):
         end = min(start + step, length)
         visible = positions[None, :end] <= positions[start:end, None]
         if geometry.sliding_window is not None:
             visible &= positions[None, :end] > positions[start:end, None] - geometry.sliding_window
         # (queries, heads, size) -> (key heads, group x queries, size): one product for each key head
-        grouped = query[start:end].unflatten(1, (num_key_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+        grouped = (
+            query[start - before : end - before]
+            .unflatten(1, (num_key_heads, -1))
+            .permute(1, 2, 0, 3)
+            .flatten(1, 2)
+        )
         scores = grouped @ key[:end].permute(1, 2, 0)
         weights = _softmax(scores.unflatten(1, (-1, end - start)), visible, geometry)
         mixed = weights.flatten(1, 2) @ value[:end].transpose(0, 1)
-        output[start:end] = mixed.unflatten(1, (-1, end - start)).permute(2, 0, 1, 3).flatten(1, 2)
+        output[start - before : end - before] = (
+            mixed.unflatten(1, (-1, end - start)).permute(2, 0, 1, 3).flatten(1, 2)
+        )
     return output
 
 

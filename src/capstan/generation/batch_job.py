@@ -18,6 +18,7 @@ from capstan.generation.job import OnProgress, Progress
 from capstan.generation.journal import Journal
 from capstan.generation.model import Model
 from capstan.generation.planner import JobPlan, Planner
+from capstan.generation.prefixes import shared_prefix
 from capstan.plans import Plan, Trace
 
 _SAMPLE_BYTES = 256
@@ -81,6 +82,12 @@ def lengths_of(requests: Sequence[BatchRequest]) -> list[Length]:
     ]
 
 
+def prefix_of(requests: Sequence[BatchRequest], planner: Planner) -> int:
+    """How many tokens all prompts begin with, if they are to be computed once."""
+    asked = [each.request for each in requests for _ in range(each.request.n)]
+    return shared_prefix(asked) if planner.shares_prefixes else 0
+
+
 def open_journal(batch: BatchFile, output: Path, model: Model, *, overwrite: bool) -> Journal:
     """The output file, ready to be appended to; see `Journal` for when it refuses."""
     codecs = {tensor.codec.name for unit in model.inventory.units for tensor in unit}
@@ -126,7 +133,7 @@ def run_batch(
     plan: Plan | None = None
     trace: Trace | None = None
     if waiting:
-        opening = planner.plan(lengths_of(waiting))
+        opening = planner.plan(lengths_of(waiting), prefix=prefix_of(waiting, planner))
         if on_plan is not None:
             on_plan(opening)
         with Engine.start(planner, opening, device, disk_folder=disk_folder, on_loaded=on_loaded) as engine:

@@ -5,12 +5,17 @@ have room for a number of tokens. Sequences wait in a queue, longest first, so t
 fits where a longer one sat and neighbours are of similar length. A sequence that ends frees its slot, and
 the next one starts in the same sweep in which the others go on.
 
+A prefix that all sequences begin with is computed once, in a sweep of its own before all others, and every
+sequence starts after it.
+
 Nothing here knows a tensor: the planner runs the same code on lengths alone to predict every byte.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+
+PREFIX_SLOT = -1
 
 
 class Length(NamedTuple):
@@ -35,10 +40,12 @@ class BatchShape:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """The batches of a block, and the most prompt tokens that pass through a layer at a time."""
+    """The batches of a block, the most prompt tokens that pass through a layer at a time, and how many
+    tokens all sequences begin with."""
 
     batches: tuple[BatchShape, ...]
     chunk_tokens: int
+    prefix: int = 0
 
     @property
     def num_slots(self) -> int:
@@ -49,15 +56,14 @@ class BlockShape:
         if self.num_slots <= 1:
             return None
         if len(self.batches) > 1:
-            return BlockShape(batches=self.batches[: len(self.batches) // 2], chunk_tokens=self.chunk_tokens)
+            return replace(self, batches=self.batches[: len(self.batches) // 2])
         batch = self.batches[0]
-        half = BatchShape(slots=batch.slots // 2, capacity=batch.capacity)
-        return BlockShape(batches=(half,), chunk_tokens=self.chunk_tokens)
+        return replace(self, batches=(replace(batch, slots=batch.slots // 2),))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Tokens `start … start + count - 1` of a sequence that sits in a slot."""
+    """Tokens `start … start + count - 1` of a sequence that sits in a slot; `PREFIX_SLOT` is the prefix's."""
 
     sequence: int
     slot: int
@@ -67,6 +73,10 @@ class Work:
     @property
     def end(self) -> int:
         return self.start + self.count
+
+    @property
+    def is_prefix(self) -> bool:
+        return self.slot == PREFIX_SLOT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +117,10 @@ class Block:
     lengths: Sequence[Length]
     _queue: list[int] = field(init=False)
     _seats: list[list[_Seat | None]] = field(init=False)
+    _has_prefix: bool = field(init=False, default=False)  # computed, or not needed
 
     def __post_init__(self) -> None:
+        self._has_prefix = not self.shape.prefix
         by_length = sorted(range(len(self.lengths)), key=lambda index: (-self.lengths[index].cached, index))
         self._queue = by_length[::-1]  # the longest is popped first
         self._seats = [[None] * batch.slots for batch in self.shape.batches]
@@ -128,6 +140,10 @@ class Block:
 
     def sweep(self) -> list[BatchWork]:
         """The work of the next sweep, batch by batch; empty when all is done. Counts it as done."""
+        if not self._has_prefix and self._queue:
+            self._has_prefix = True
+            work = Work(sequence=self._queue[-1], slot=PREFIX_SLOT, start=0, count=self.shape.prefix)
+            return [BatchWork(0, (Chunk(is_prefill=True, works=(work,)),))]
         self._admit()
         return [
             BatchWork(index, chunks)
@@ -166,7 +182,7 @@ class Block:
                 if seat is None and self._queue:
                     length = self.lengths[self._queue[-1]]
                     if length.cached <= batch.capacity:
-                        seats[slot] = _Seat(self._queue.pop(), length)
+                        seats[slot] = _Seat(self._queue.pop(), length, self.shape.prefix)
 
     def _chunks(self, seats: list[_Seat | None]) -> Iterator[Chunk]:
         decoding: list[Work] = []
@@ -174,9 +190,10 @@ class Block:
         for slot, seat in enumerate(seats):
             if seat is None:
                 continue
-            count = 1 if seat.num_done else seat.length.prompt
+            decodes = seat.num_done >= seat.length.prompt
+            count = 1 if decodes else seat.length.prompt - seat.num_done
             work = Work(sequence=seat.sequence, slot=slot, start=seat.num_done, count=count)
-            (decoding if seat.num_done else prompts).append(work)
+            (decoding if decodes else prompts).append(work)
             seat.num_done += count
         if decoding:
             yield Chunk(is_prefill=False, works=tuple(decoding))
@@ -195,7 +212,9 @@ def _whole_prompts(prompts: list[Work], chunk_tokens: int) -> Iterator[Chunk]:
         yield Chunk(is_prefill=True, works=tuple(gathered))
 
 
-def shape_for(lengths: Sequence[Length], *, slots: int, batches: int, chunk_tokens: int) -> BlockShape:
+def shape_for(
+    lengths: Sequence[Length], *, slots: int, batches: int, chunk_tokens: int, prefix: int = 0
+) -> BlockShape:
     """A block of `batches` GPU batches of `slots` slots for these sequences, without idle slots.
 
     Capacities fall from batch to batch as the queue does: batch k has room for its longest first guest.
@@ -206,4 +225,4 @@ def shape_for(lengths: Sequence[Length], *, slots: int, batches: int, chunk_toke
         guests = ordered[index * slots : (index + 1) * slots]
         if guests:
             shapes.append(BatchShape(slots=len(guests), capacity=guests[0]))
-    return BlockShape(batches=tuple(shapes), chunk_tokens=chunk_tokens)
+    return BlockShape(batches=tuple(shapes), chunk_tokens=chunk_tokens, prefix=prefix)

@@ -32,19 +32,36 @@ def desk_sizes(formats: tuple[RowFormat, ...], placement: Placement, slots: int)
     )
 
 
+def region_rows(shape: BlockShape, batch: int, tier: Tier) -> int:
+    """Rows of each slot of a batch: on the device all of a sequence's, elsewhere those after the prefix."""
+    return shape.batches[batch].capacity - (0 if tier == "device" else shape.prefix)
+
+
 def region_bytes(
     formats: tuple[RowFormat, ...], tiers: tuple[Tier, ...], shape: BlockShape, tier: Tier
 ) -> int:
     """Bytes of all regions that rest on `tier`."""
-    rows = [batch.slots * batch.capacity for batch in shape.batches]
+    rows = [each.slots * region_rows(shape, batch, tier) for batch, each in enumerate(shape.batches)]
     widths = Counter(layout.row_bytes for layout, where in zip(formats, tiers, strict=True) if where == tier)
     return sum(layers * aligned(count * row_bytes) for row_bytes, layers in widths.items() for count in rows)
+
+
+def prefix_bytes(
+    formats: tuple[RowFormat, ...], tiers: tuple[Tier, ...], shape: BlockShape, tier: Tier
+) -> int:
+    """Bytes of the prefixes that rest on the device or on the host: those of layers on disk too."""
+    here = [
+        (layout, (where == "device") == (tier == "device"))
+        for layout, where in zip(formats, tiers, strict=True)
+    ]
+    return sum(aligned(shape.prefix * layout.row_bytes) for layout, is_here in here if is_here)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheBuffers:
     """Sizes of what a block's cache needs beside its regions."""
 
+    prefix_slot_bytes: int  # the prefix on its way to the device, for prompts that follow it
     ring_slot_bytes: int  # rows of one batch on their way to the device
     staging_slot_bytes: int  # rows of one batch on their way from disk
     outgoing_bytes: int  # rows of a chunk of prompts on their way to disk
@@ -53,7 +70,7 @@ class CacheBuffers:
 
     @property
     def device_bytes(self) -> int:
-        return RING_SLOTS * self.ring_slot_bytes + self.result_bytes
+        return self.prefix_slot_bytes + RING_SLOTS * self.ring_slot_bytes + self.result_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -74,6 +91,7 @@ def cache_buffers(
     crossing = max((count for batch, count in enumerate(rows) if batch not in on_host), default=0)
     desks = [desk_sizes(formats, placement, batch.slots) for batch in shape.batches]
     return CacheBuffers(
+        prefix_slot_bytes=aligned(shape.prefix * widest("host", "disk")),
         ring_slot_bytes=aligned(crossing * widest("host", "disk")),
         staging_slot_bytes=aligned(max(rows) * widest("disk")),
         outgoing_bytes=aligned(tokens * widest("disk")),

@@ -16,6 +16,7 @@ from capstan.generation.job import Job, OnProgress
 from capstan.generation.model import Model, dominant_dtype, open_model
 from capstan.generation.placement import Tier, parse_wish
 from capstan.generation.planner import JobPlan, Planner
+from capstan.generation.prefixes import shared_prefix
 from capstan.generation.prompts import check_length, tokens_of
 from capstan.generation.requests import Answer, Completion, Request, Score, TokenLogprob
 from capstan.generation.sequences import Sequence as Growing
@@ -73,6 +74,8 @@ class Engine:
         place: Sequence[str] = (),
         dtype: torch.dtype | None = None,
         lengths: Sequence[Length] = USUAL_LENGTHS,
+        prefix: int = 0,
+        share_prefixes: bool = True,
         machine: Machine | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> Self:
@@ -88,6 +91,8 @@ class Engine:
             place: a placement by hand, as `["weights=device:0.3,host:0.7", "cache=host"]`.
             dtype: what to compute in; None chooses what this machine computes fastest without loss.
             lengths: what the engine will mostly be asked for, so that it is planned for that.
+            prefix: how many tokens all prompts of such a job begin with.
+            share_prefixes: whether tokens that all prompts of a job begin with are computed and stored once.
             machine: measured rates; None takes this machine's cached profile, or probes it for some seconds.
             checkpoint: where weights come from, if not from `folder`.
 
@@ -106,10 +111,11 @@ class Engine:
             cache_bits=cache_bits,
             place=place,
             dtype=dtype,
+            share_prefixes=share_prefixes,
             machine=machine,
             checkpoint=checkpoint,
         )
-        opening = planner.plan(lengths)
+        opening = planner.plan(lengths, prefix=prefix if share_prefixes else 0)
         return cls.start(planner, opening, torch_device, disk_folder=Path(disk) if disk else None)
 
     @classmethod
@@ -205,11 +211,13 @@ class Engine:
             for growing in sequences
         ]
 
-    def plan_job(self, lengths: Sequence[Length], *, keeps_cache: bool = True) -> JobPlan:
-        """The plan for sequences of these lengths, with the weights where they lie."""
-        if keeps_cache and sorted(lengths) == sorted(self._opening.lengths):
-            return self._opening
-        return self._planner.plan(lengths, opened=self._opening.placement, keeps_cache=keeps_cache)
+    def plan_job(self, lengths: Sequence[Length], *, keeps_cache: bool = True, prefix: int = 0) -> JobPlan:
+        """The plan for sequences of these lengths, of which the first `prefix` tokens are the same, with the
+        weights where they lie."""
+        opening = self._opening
+        if keeps_cache and prefix == opening.prefix and sorted(lengths) == sorted(opening.lengths):
+            return opening
+        return self._planner.plan(lengths, opened=opening.placement, keeps_cache=keeps_cache, prefix=prefix)
 
     def _sequences(self, index: int, request: Request, *, fits: int | None = None) -> list[Growing]:
         prompt = tokens_of(self.model, request.prompt)
@@ -229,7 +237,12 @@ class Engine:
     def _run(
         self, sequences: list[Growing], *, keeps_cache: bool, on_progress: OnProgress | None
     ) -> Iterator[Growing]:
-        job_plan = self.plan_job([growing.length for growing in sequences], keeps_cache=keeps_cache)
+        prefix = 0
+        if keeps_cache and self._planner.shares_prefixes:
+            asked, prompts = [each.request for each in sequences], [each.prompt for each in sequences]
+            prefix = shared_prefix(asked, prompts)
+        lengths = [growing.length for growing in sequences]
+        job_plan = self.plan_job(lengths, keeps_cache=keeps_cache, prefix=prefix)
         self.plan, self.trace = job_plan.plan, None
         job = Job(
             self.model,
@@ -286,6 +299,7 @@ def plan_for(
     cache_bits: int | None = None,
     place: Sequence[str] = (),
     dtype: torch.dtype | None = None,
+    share_prefixes: bool = True,
     machine: Machine | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Planner, torch.device]:
@@ -310,6 +324,7 @@ def plan_for(
         machine=machine,
         budgets=budgets,
         wish=parse_wish(place),
+        shares_prefixes=share_prefixes,
         host_attention_bytes_per_s=rate,
     )
     return planner, torch_device

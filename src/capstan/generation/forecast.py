@@ -40,28 +40,37 @@ class SweepSize(NamedTuple):
     batches: int = 1
     tokens: int = 0
     decoding: int = 0  # sequences that decode
-    rows_read: int = 0  # cached rows that they read, their own new ones apart
+    rows_read: int = 0  # cached rows that they read after the prefix, their own new ones apart
     decoding_on_host: int = 0  # those of the two whose batches are attended on the host where
     rows_read_on_host: int = 0  # their cache is not on the device
+    prefix_rows: int = 0  # of the prefix that all begin with
+    prefix_crossings: int = 0  # visits of a layer for which it crosses to the device
+    prefix_tokens: int = 0  # of the prefix, if this sweep computes it
     chunks: int = 0
-    prompt_square: int = 0  # sum of squared prompt lengths, for attention's arithmetic
+    prompt_square: int = 0  # scores of prompts, for attention's arithmetic
 
 
-def size_of(works: Sequence[BatchWork], on_host: frozenset[int]) -> SweepSize:
+def size_of(works: Sequence[BatchWork], on_host: frozenset[int], prefix: int) -> SweepSize:
     """The size of a sweep in which the batches `on_host` are attended there."""
     chunks = [(work.batch, chunk) for work in works for chunk in work.chunks]
     decoding = [(batch, work) for batch, chunk in chunks if not chunk.is_prefill for work in chunk.works]
     prompts = [work for _, chunk in chunks if chunk.is_prefill for work in chunk.works]
     hosted = [work for batch, work in decoding if batch in on_host]
+    # For each chunk of prompts that follow it, and for each batch whose decoding rows cross.
+    crossings = len([chunk for _, chunk in chunks if chunk.is_prefill and chunk.works[0].start])
+    crossings += len({batch for batch, _ in decoding if batch not in on_host})
     return SweepSize(
         batches=len(works),
         tokens=sum(chunk.num_tokens for _, chunk in chunks),
         decoding=len(decoding),
-        rows_read=sum(work.start for _, work in decoding),
+        rows_read=sum(work.start - prefix for _, work in decoding),
         decoding_on_host=len(hosted),
-        rows_read_on_host=sum(work.start for work in hosted),
+        rows_read_on_host=sum(work.start - prefix for work in hosted),
+        prefix_rows=prefix,
+        prefix_crossings=crossings if prefix else 0,
+        prefix_tokens=sum(work.count for work in prompts if work.is_prefix),
         chunks=len(chunks),
-        prompt_square=sum(work.count**2 for work in prompts),
+        prompt_square=sum(work.count * (work.count + 2 * work.start) for work in prompts),
     )
 
 
@@ -88,9 +97,14 @@ def sweep_traffic(model: Model, placement: Placement, size: SweepSize, *, keeps_
         for layout, tier in zip(model.formats, placement.cache, strict=True):
             if tier == "device":
                 continue
-            parts.append(_out_to(tier, "cache", size.tokens * layout.row_bytes))
+            new = (size.tokens - size.prefix_tokens) * layout.row_bytes
+            parts.append(_out_to(tier, "cache", new))
             crossing = (size.rows_read - size.rows_read_on_host) * layout.row_bytes
             parts.append(_in_from(tier, "cache", crossing))
+            # A prefix rests on the host even where the rows after it are on disk.
+            parts.append(_out_to("host", "cache", size.prefix_tokens * layout.row_bytes))
+            prefixes = size.prefix_crossings * size.prefix_rows
+            parts.append(_in_from("host", "cache", prefixes * layout.row_bytes))
             staying = size.rows_read_on_host * layout.row_bytes
             parts.append(Traffic({(DISK_TO_HOST, "cache"): staying if tier == "disk" else 0}))
             geometry, itemsize = layout.geometry, model.anatomy.itemsize
@@ -138,7 +152,8 @@ def sweep_busy_s(
         flops += 2 * size.prompt_square * layout.geometry.num_query_heads * layout.geometry.key_size
         hosted = size.rows_read_on_host if tier != "device" else 0
         on_host += hosted * layout.row_bytes
-        on_device += (size.rows_read - hosted) * layout.row_bytes
+        shared = (size.decoding - (size.decoding_on_host if tier != "device" else 0)) * size.prefix_rows
+        on_device += (size.rows_read - hosted + shared) * layout.row_bytes
         layers_on_host += tier != "device"
     busy = {link: machine_link_s(machine, link, traffic.on(link)) for link in traffic.links}
     computed_s = max(flops / rate, (touched + on_device) / device.memory_bandwidth_bytes_per_s)
@@ -227,12 +242,12 @@ def forecast(
     sums = {PREFILL: _Sum(), DECODE: _Sum()}
     on_host = placement.host_batches(len(shape.batches))
     while works := block.sweep():
-        size = size_of(works, on_host)
+        size = size_of(works, on_host, shape.prefix)
         traffic = sweep_traffic(model, placement, size, keeps_cache=keeps_cache)
         busy_s = sweep_busy_s(model, placement, size, traffic, rates)
         chunks = [chunk for work in works for chunk in work.chunks]
         name = PREFILL if any(chunk.is_prefill for chunk in chunks) else DECODE
-        num_new = sum(len(chunk.works) for chunk in chunks) if keeps_cache else 0
+        num_new = sum(not work.is_prefix for chunk in chunks for work in chunk.works) if keeps_cache else 0
         sums[name].add(busy_s, wall_s(busy_s, placement, size, rates.machine), traffic, num_new)
         block.advance()
     return tuple(part.phase(name) for name, part in sums.items() if part.traffic)

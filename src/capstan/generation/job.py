@@ -177,6 +177,8 @@ class Job:
 
     def _positions(self, work: Work, sequence: Growing) -> range:
         """Where logits are wanted: at the last token, or at every one of a prompt that is to be scored."""
+        if work.is_prefix:
+            return range(0)
         if not self._keeps_cache or (sequence.request.prompt_logprobs is not None and work.start == 0):
             first = 0 if not sequence.prompt_logprobs else work.end - 1
             return range(first, work.end)

@@ -3,7 +3,8 @@
 For each layer and GPU batch there is one region `[slots, capacity, row bytes]`. A row is what one token
 leaves behind, keys then values, encoded; row = position. So appending a token writes one run of bytes for
 each sequence, reading a sequence reads one run, and a region rests in a device slab, a host slab or a
-scratch file in the same form.
+scratch file in the same form. A prefix that all sequences begin with has rows of its own, once for each
+layer: regions away from the device begin after it, those on the device with a copy.
 
 Rows that are away from the device are attended in one of two ways, batch by batch: they cross to the device,
 through a ring that is filled ahead in the order of the schedule; or the queries cross to the host, where the
@@ -21,7 +22,14 @@ from torch import Tensor
 
 from capstan.generation.attention import decode_attention, visible_rows
 from capstan.generation.batching import BatchWork, BlockShape, Chunk, Work
-from capstan.generation.cache_buffers import RING_SLOTS, cache_buffers, desk_sizes, region_bytes
+from capstan.generation.cache_buffers import (
+    RING_SLOTS,
+    cache_buffers,
+    desk_sizes,
+    prefix_bytes,
+    region_bytes,
+    region_rows,
+)
 from capstan.generation.host_attention import Seats, attend_on_host, reads_in_place
 from capstan.generation.placement import Placement
 from capstan.generation.row_format import RowFormat
@@ -101,15 +109,26 @@ class KeyValueCache:
         buffers = cache_buffers(formats, placement, shape, tokens=tokens)
         self._device_slab = Slab(
             "KV cache on the device",
-            region_bytes(formats, self._tiers, shape, "device") + buffers.device_bytes,
+            region_bytes(formats, self._tiers, shape, "device")
+            + prefix_bytes(formats, self._tiers, shape, "device")
+            + buffers.device_bytes,
             device=device,
         )
         self._host_slab = Slab(
             "KV cache on the host",
-            region_bytes(formats, self._tiers, shape, "host") + buffers.host_bytes,
+            region_bytes(formats, self._tiers, shape, "host")
+            + prefix_bytes(formats, self._tiers, shape, "host")
+            + buffers.host_bytes,
             device=torch.device("cpu"),
             pinned=device.type == "cuda",
         )
+        self._prefixes = [
+            (self._device_slab if tier == "device" else self._host_slab)
+            .take(shape.prefix * layout.row_bytes)
+            .view(shape.prefix, layout.row_bytes)
+            for layout, tier in zip(formats, self._tiers, strict=True)
+        ]
+        self._prefix_slot = self._device_slab.take(buffers.prefix_slot_bytes)
         self._ring = [self._device_slab.take(buffers.ring_slot_bytes) for _ in range(RING_SLOTS)]
         self._staging = [self._host_slab.take(buffers.staging_slot_bytes) for _ in range(RING_SLOTS)]
         self._staged: list[torch.cuda.Event | None] = [None] * RING_SLOTS
@@ -142,13 +161,14 @@ class KeyValueCache:
 
     def _region(self, layer: int, batch: int) -> Tensor | int:
         """A tensor `[slots, capacity, row bytes]`, or the offset in the scratch file."""
-        shape, row_bytes = self._shape.batches[batch], self._formats[layer].row_bytes
-        size = shape.slots * shape.capacity * row_bytes
+        slots, row_bytes = self._shape.batches[batch].slots, self._formats[layer].row_bytes
+        rows = region_rows(self._shape, batch, self._tiers[layer])
+        size = slots * rows * row_bytes
         if self._tiers[layer] == "disk":
             assert self._disk is not None, "the planner reserves scratch space for a cache on disk"
             return self._disk.take(size)
         slab = self._device_slab if self._tiers[layer] == "device" else self._host_slab
-        return slab.take(size).view(shape.slots, shape.capacity, row_bytes)
+        return slab.take(size).view(slots, rows, row_bytes)
 
     def is_attended_on_host(self, layer: int, batch: int) -> bool:
         """Whether the queries of this visit cross to the host."""
@@ -200,8 +220,9 @@ class KeyValueCache:
         self._num_fetched += 1
         works, width = self._decoding[batch].chunk.works, self._formats[layer].row_bytes
         # The last row of each sequence is the new token's, written when it is known.
-        shape = (len(works), self._decoding[batch].num_rows, width)
-        place = self._staging if batch in self._host_batches else self._ring
+        stays = batch in self._host_batches
+        shape = (len(works), self._decoding[batch].num_rows - (self._shape.prefix if stays else 0), width)
+        place = self._staging if stays else self._ring
         target = place[slot][: shape[0] * shape[1] * shape[2]].view(shape)
         stored = self._stored.get((layer, batch))
         ticket = self._lanes.rows_in.submit(
@@ -214,27 +235,31 @@ class KeyValueCache:
         free = self._staged[slot]
         if free is not None:
             free.synchronize()
+        prefix, stays = self._shape.prefix, batch in self._host_batches
         # Rows beyond a sequence's end are masked, but a NaN among them would survive the mask.
-        target[:, min(work.start for work in works) :].zero_()
+        target[:, min(work.start for work in works) - (prefix if stays else 0) :].zero_()
         sources = [self._source(layer, batch, work, slot, target[index]) for index, work in enumerate(works)]
-        if batch in self._host_batches:
+        if stays:
             return
         with lane.stopwatch.time(HOST_TO_DEVICE):
+            if prefix:
+                target[0, :prefix].copy_(self._prefixes[layer], non_blocking=True)
+                target[1:, :prefix] = target[:1, :prefix]
             for index, (work, source) in enumerate(zip(works, sources, strict=True)):
-                target[index, : work.start].view(-1).copy_(source, non_blocking=True)
-        size = sum(work.start for work in works) * width
-        self._ledger.count(HOST_TO_DEVICE, "cache", size)
+                target[index, prefix : work.start].view(-1).copy_(source, non_blocking=True)
+        num_rows = prefix + sum(work.start - prefix for work in works)
+        self._ledger.count(HOST_TO_DEVICE, "cache", num_rows * width)
         self._staged[slot] = lane.fence()
 
     def _source(self, layer: int, batch: int, work: Work, slot: int, target: Tensor) -> Tensor:
-        """A sequence's rows on the host, flat; read from disk if they rest there."""
-        width = self._formats[layer].row_bytes
-        size = work.start * width
+        """A sequence's rows after the prefix on the host, flat; read from disk if they rest there."""
+        width, num_rows = self._formats[layer].row_bytes, work.start - self._shape.prefix
+        size = num_rows * width
         if self._tiers[layer] == "host":
-            return self._region_rows(layer, batch)[work.slot, : work.start].view(-1)
-        source = target[: work.start].view(-1)
+            return self._region_rows(layer, batch)[work.slot, :num_rows].view(-1)
+        source = target[:num_rows].view(-1)
         if batch not in self._host_batches:
-            start = work.slot * self._shape.batches[batch].capacity * width
+            start = work.slot * region_rows(self._shape, batch, "disk") * width
             source = self._staging[slot][start : start + size]
         assert self._disk is not None
         with self._lanes.rows_in.booking(DISK_TO_HOST, "cache", size):
@@ -277,6 +302,18 @@ class KeyValueCache:
         order = range(len(decoding.ends))
         fetch.target[torch.arange(len(order), device=self._device), decoding.starts] = new_rows
         return fetch.target, Seats.of(list(order), decoding.ends)
+
+    def prefix(self, layer: int, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
+        """Keys and values `[prefix, key heads, size]` that prompts of this chunk follow, if any."""
+        if not self._shape.prefix or chunk.works[0].is_prefix:
+            return None
+        layout, rows = self._formats[layer], self._prefixes[layer]
+        if self._tiers[layer] != "device":
+            lane, home = self._lanes.rows_in, rows
+            rows = arrived = _shaped(self._prefix_slot, torch.uint8, tuple(home.shape))
+            lane.submit(lambda: lane.copy(arrived, home, link=HOST_TO_DEVICE, content="cache")).wait()
+        keys, values = layout.decode(rows[None])
+        return keys[0], values[0]
 
     def attended(self, layer: int, batch: int) -> None:
         """The rows of a visit have been read: if they were brought, their slot is for the next to come."""
@@ -330,7 +367,14 @@ class KeyValueCache:
             lane.synchronize()
             with Stopwatch(self._ledger, torch.device("cpu")).time(HOST_ATTENTION):
                 attend_on_host(
-                    queries, rows, layout, seats, out=found, new_rows=fresh, threads=self._host_threads
+                    queries,
+                    rows,
+                    layout,
+                    seats,
+                    out=found,
+                    prefix=self._prefixes[layer] if self._shape.prefix else None,
+                    new_rows=fresh,
+                    threads=self._host_threads,
                 )
             lane.copy(result, found, link=HOST_TO_DEVICE, content="activations")
 
@@ -349,9 +393,11 @@ class KeyValueCache:
         if not chunk.is_prefill and self._tiers[layer] == "host" and batch in self._host_batches:
             return rows
         if self._tiers[layer] == "device":
-            self._put(self._region_rows(layer, batch), batch, chunk, rows)
+            self._put(layer, batch, chunk, rows)
             return rows
         send = self._send_prompts if chunk.is_prefill else self._send_tokens
+        if chunk.works[0].is_prefix:
+            send = self._send_prefix
         ticket = self._lanes.rows_out.submit(lambda: send(layer, batch, chunk, rows), uses=[rows])
         self._stored[layer, batch] = ticket
         if chunk.is_prefill:  # rows stay in device memory until they have been sent
@@ -360,14 +406,21 @@ class KeyValueCache:
                 self._leaving.popleft().wait_on_host()
         return rows
 
-    def _put(self, region: Tensor, batch: int, chunk: Chunk, rows: Tensor) -> None:
-        """Put a chunk's rows into their region on the device."""
+    def _put(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
+        """Put a chunk's rows into their region on the device, prompts' after a copy of the prefix."""
+        region, prefix = self._region_rows(layer, batch), self._prefixes[layer]
         if not chunk.is_prefill:
             decoding = self._decoding[batch]
             region[decoding.slots, decoding.starts] = rows
-            return
-        for work, run in _runs(chunk):
-            region[work.slot, work.start : work.end] = rows[run]
+        elif chunk.works[0].is_prefix:
+            prefix.copy_(rows)
+        else:
+            for work, run in _runs(chunk):
+                region[work.slot, : len(prefix)] = prefix
+                region[work.slot, work.start : work.end] = rows[run]
+
+    def _send_prefix(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
+        self._lanes.rows_out.copy(self._prefixes[layer], rows, link=DEVICE_TO_HOST, content="cache")
 
     def _send_prompts(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
         """A prompt's rows lie side by side in its slot."""
@@ -376,7 +429,7 @@ class KeyValueCache:
             region = self._region_rows(layer, batch)
             with lane.stopwatch.time(DEVICE_TO_HOST):
                 for work, run in _runs(chunk):
-                    region[work.slot, work.start : work.end].copy_(rows[run], non_blocking=True)
+                    region[work.slot, self._own(work)].copy_(rows[run], non_blocking=True)
             self._ledger.count(DEVICE_TO_HOST, "cache", rows.numel())
             return
         staging = _shaped(self._outgoing, torch.uint8, tuple(rows.shape))
@@ -395,17 +448,21 @@ class KeyValueCache:
             return
         region = self._region_rows(layer, batch)
         for work, run in _runs(chunk):
-            region[work.slot, work.start : work.end] = staging[run]
+            region[work.slot, self._own(work)] = staging[run]
 
     def _write_disk(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
         assert self._disk is not None
         width = self._formats[layer].row_bytes
         with self._lanes.rows_out.booking(HOST_TO_DISK, "cache", rows.numel()):
             for work, run in _runs(chunk):
-                offset = self._disk_offset(layer, batch, work) + work.start * width
+                offset = self._disk_offset(layer, batch, work) + self._own(work).start * width
                 self._disk.write(offset, rows[run].view(-1))
 
     # --- places ------------------------------------------------------------------------------------------
+
+    def _own(self, work: Work) -> slice:
+        """The rows of a piece of work in a slot that begins after the prefix."""
+        return slice(work.start - self._shape.prefix, work.end - self._shape.prefix)
 
     def _region_rows(self, layer: int, batch: int) -> Tensor:
         region = self._regions[layer, batch]
@@ -415,11 +472,13 @@ class KeyValueCache:
     def _disk_offset(self, layer: int, batch: int, work: Work) -> int:
         region = self._regions[layer, batch]
         assert isinstance(region, int)
-        return region + work.slot * self._shape.batches[batch].capacity * self._formats[layer].row_bytes
+        num_rows = region_rows(self._shape, batch, "disk")
+        return region + work.slot * num_rows * self._formats[layer].row_bytes
 
     def close(self) -> None:
         """Give the memory back; the lanes must be idle."""
         self._regions, self._ring, self._staging, self._desks, self._results = {}, [], [], [], {}
+        self._prefixes, self._prefix_slot = [], self._device_slab.bytes[:0]
         self._fetches, self._decoding = {}, {}
         self._device_slab.close()
         self._host_slab.close()

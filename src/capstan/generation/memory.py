@@ -20,7 +20,7 @@ from capstan.errors import DoesNotFit
 from capstan.generation.activations import activation_buffers
 from capstan.generation.attention import workspace_bytes
 from capstan.generation.batching import BlockShape, Length
-from capstan.generation.cache_buffers import cache_buffers, region_bytes
+from capstan.generation.cache_buffers import cache_buffers, prefix_bytes, region_bytes
 from capstan.generation.host_attention import reads_in_place, scratch_bytes
 from capstan.generation.kv_cache import ROWS_IN_FLIGHT
 from capstan.generation.model import Model
@@ -53,14 +53,16 @@ class Extent(NamedTuple):
 def extent_of(shape: BlockShape, lengths: Sequence[Length]) -> Extent:
     """Whatever the order in which sequences come and go: in one sweep, the slots hold different sequences,
     so at most the longest prompts, one for each slot, are in flight."""
-    prompts = sorted((length.prompt for length in lengths), reverse=True)
+    prompts = sorted((length.prompt - shape.prefix for length in lengths), reverse=True)
     most_slots = max(batch.slots for batch in shape.batches)
-    batch_tokens = sum(prompts[:most_slots])
+    batch_tokens = max(shape.prefix, sum(prompts[:most_slots]))
     return Extent(
-        sweep_tokens=sum(prompts[: shape.num_slots]),
+        sweep_tokens=max(shape.prefix, sum(prompts[: shape.num_slots])),
         batch_tokens=batch_tokens,
-        chunk_tokens=min(max(shape.chunk_tokens, prompts[0], most_slots), max(batch_tokens, most_slots)),
-        longest_prompt=prompts[0],
+        chunk_tokens=min(
+            max(shape.chunk_tokens, prompts[0], shape.prefix, most_slots), max(batch_tokens, most_slots)
+        ),
+        longest_prompt=shape.prefix + prompts[0],
     )
 
 
@@ -112,7 +114,10 @@ def demand_of(
         return sum(aligned(each.stored_bytes) for each in placed if placement.weights[each.name] == tier)
 
     def cached(tier: Tier) -> int:
-        return region_bytes(model.formats, placement.cache, shape, tier) if keeps_cache else 0
+        if not keeps_cache:
+            return 0
+        parts = (model.formats, placement.cache, shape, tier)
+        return region_bytes(*parts) + (prefix_bytes(*parts) if tier != "disk" else 0)
 
     device = {
         "weights at rest": resting("device"),
@@ -198,6 +203,10 @@ def _attention_bytes(model: Model, placement: Placement, shape: BlockShape, exte
         if layout.device_type == "cpu" and (in_place or tier != "device"):
             # Where a slice of host memory plays the device, the host's attention works in that slice too.
             inside += _host_scratch_bytes(layout, shape)
+        if shape.prefix:  # decoded, and joined to a prompt's own keys and values
+            joined = (shape.prefix + extent.longest_prompt) * layout.geometry.cached_elements
+            mask = 4 * extent.longest_prompt * (extent.longest_prompt - shape.prefix)
+            inside += layout.decoded_bytes(shape.prefix) + joined * model.anatomy.itemsize + mask
         # New keys and values made contiguous, encoded, and joined to rows.
         elements = extent.chunk_tokens * layout.geometry.cached_elements
         encoding = elements * (model.anatomy.itemsize + (0 if isinstance(layout.codec, Identity) else 16))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from capstan.generation.batching import BlockShape
 from capstan.generation.block_schedule import DEVICE_COMPUTE
+from capstan.generation.cache_buffers import region_rows
 from capstan.generation.forecast import HOST_MEMORY, Rates, SweepSize, sweep_busy_s, sweep_traffic
 from capstan.generation.inventory import StoredTensor
 from capstan.generation.kv_cache import HOST_ATTENTION
@@ -94,7 +95,8 @@ class _Build:
         }
         self.fixed = self._fixed_bytes()
         batches = given.shape.batches
-        self.rows = sum(batch.slots * batch.capacity for batch in batches)
+        prefix = given.shape.prefix
+        self.rows = sum(batch.slots * (batch.capacity - prefix) for batch in batches)
         self.row_bytes = max(layout.row_bytes for layout in given.model.formats)
         # A decode sweep late in the job, when caches are nearly full.
         on_host = given.draft.host_batches(len(batches))
@@ -105,7 +107,8 @@ class _Build:
             decoding=slots,
             rows_read=int(0.9 * self.rows),
             decoding_on_host=sum(batch.slots for batch in hosted),
-            rows_read_on_host=int(0.9 * sum(batch.slots * batch.capacity for batch in hosted)),
+            rows_read_on_host=int(0.9 * sum(batch.slots * (batch.capacity - prefix) for batch in hosted)),
+            prefix_rows=prefix,
             chunks=len(batches),
         )
 
@@ -197,13 +200,21 @@ class _Build:
     def cache(self) -> None:
         """Layers of cache, all of the widest row, and their buffers."""
         given, size = self.given, self.size
-        batches, num_layers = given.shape.batches, given.model.num_layers
-        region = sum(aligned(batch.slots * batch.capacity * self.row_bytes) for batch in batches)
+        shape, num_layers = given.shape, given.model.num_layers
+        region = {
+            tier: sum(
+                aligned(batch.slots * region_rows(shape, index, tier) * self.row_bytes)
+                for index, batch in enumerate(shape.batches)
+            )
+            for tier in TIERS
+        }
+        prefix = aligned(shape.prefix * self.row_bytes)
         hosted = size.rows_read_on_host * self.row_bytes
         crossing, written = size.rows_read * self.row_bytes - hosted, size.tokens * self.row_bytes
         names = self._count("cache", num_layers)
         for tier in TIERS:
-            self.use[tier][names[tier]] = region
+            self.use[tier][names[tier]] = region[tier] + (prefix if tier != "disk" else 0)
+        self.use["host"][names["disk"]] = prefix
         away = self._whether_any("cache is away", [names["host"], names["disk"]], num_layers)
         read = self._whether_any("cache is read", [names["disk"]], num_layers)
         far: dict[Tier, Demand] = {

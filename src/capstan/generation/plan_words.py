@@ -20,6 +20,7 @@ def choices_of(
             value=f"{len(shape.batches)} x {first.slots} sequences of up to {first.capacity} tokens",
             reason="weights cross once for the whole block",
         ),
+        *_prefix_choice(shape),
         Choice(name="weights", value=realised(where, sizes), reason=bytes_text(sum(sizes))),
     ]
     if keeps_cache:
@@ -46,3 +47,8 @@ def _attention_choice(placement: Placement, num_batches: int) -> Choice:
         return Choice(name="attention", value="host" if on_host else "device", reason=reason)
     value = f"host {on_host} of {num_batches} batches, device {num_batches - on_host}"
     return Choice(name="attention", value=value, reason=reason)
+
+
+def _prefix_choice(shape: BlockShape) -> list[Choice]:
+    reason = "all prompts begin with the same tokens: computed and stored once"
+    return [Choice(name="prefix", value=f"{shape.prefix} tokens", reason=reason)] if shape.prefix else []

@@ -50,6 +50,7 @@ class JobPlan:
 
     plan: Plan
     lengths: Sequence[Length]
+    prefix: int
     placement: Placement
     shape: BlockShape
     logit_rows: int
@@ -70,6 +71,7 @@ class _Job:
     lengths: Sequence[Length]
     opened: Placement | None
     keeps_cache: bool
+    prefix: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,7 @@ class Planner:
     machine: Machine
     budgets: Budgets
     wish: Wish = field(default_factory=Wish)
+    shares_prefixes: bool = True
     host_attention_bytes_per_s: float | None = None
 
     @property
@@ -103,18 +106,24 @@ class Planner:
         return max(1, min(512, self.budgets["device"] // (16 * row_bytes)))
 
     def plan(
-        self, lengths: Sequence[Length], *, opened: Placement | None = None, keeps_cache: bool = True
+        self,
+        lengths: Sequence[Length],
+        *,
+        opened: Placement | None = None,
+        keeps_cache: bool = True,
+        prefix: int = 0,
     ) -> JobPlan:
         """The fastest plan for these sequences.
 
         Args:
             opened: the placement with which the weights were brought to where they lie; None leaves it open.
             keeps_cache: False for scoring, which reads nothing back.
+            prefix: so many tokens are the same at the beginning of all prompts, fewer than any prompt has.
 
         Raises:
             DoesNotFit: not even one sequence at a time fits; says what is missing where.
         """
-        job = _Job(lengths=lengths, opened=opened, keeps_cache=keeps_cache)
+        job = _Job(lengths=lengths, opened=opened, keeps_cache=keeps_cache, prefix=prefix)
         best: _Candidate | None = None
         roughly = sorted(self._rough_candidates(job), key=lambda candidate: candidate.seconds)
         for rank, rough in enumerate(roughly):
@@ -128,6 +137,7 @@ class Planner:
         return JobPlan(
             plan=self._written(best.placement, best.shape, job),
             lengths=tuple(lengths),
+            prefix=prefix,
             placement=best.placement,
             shape=best.shape,
             logit_rows=self._logit_rows,
@@ -135,24 +145,30 @@ class Planner:
 
     # --- the outer search --------------------------------------------------------------------------------
 
-    def _shapes(self, lengths: Sequence[Length]) -> Iterator[BlockShape]:
+    def _shapes(self, job: _Job) -> Iterator[BlockShape]:
         """Blocks that answer the job in a number of equal rounds, in a number of batches."""
-        longest = max(length.prompt for length in lengths)
+        lengths, longest = job.lengths, self._longest(job)
         chunk_tokens = max(longest, _CHUNK_TOKENS["cuda" if self._on_cuda else "cpu"])
         seen = set()
         for slots in {-(-len(lengths) // rounds) for rounds in (*_STEPS, *_powers(len(lengths)))}:
             for batches in (each for each in _STEPS if each <= min(slots, _MOST_BATCHES)):
                 size = -(-slots // batches)
                 if size <= _MOST_SLOTS:
-                    shape = shape_for(lengths, slots=size, batches=batches, chunk_tokens=chunk_tokens)
+                    shape = shape_for(
+                        lengths, slots=size, batches=batches, chunk_tokens=chunk_tokens, prefix=job.prefix
+                    )
                     if shape not in seen:
                         seen.add(shape)
                         yield shape
 
+    def _longest(self, job: _Job) -> int:
+        """Tokens that pass through a layer together at least: prompts are not divided."""
+        return max(job.prefix, max(length.prompt for length in job.lengths) - job.prefix)
+
     def _rough_candidates(self, job: _Job) -> Iterator[_Candidate]:
         """Every block that fits, with the largest chunk of prompts with which it does."""
-        longest = max(length.prompt for length in job.lengths)
-        for full in self._shapes(job.lengths):
+        longest = self._longest(job)
+        for full in self._shapes(job):
             shape = full
             while True:
                 found = list(self._shares(job, shape))
@@ -282,7 +298,8 @@ class Planner:
         """A full block half-way through its answers."""
         slots, num_batches = shape.num_slots, len(shape.batches)
         share = len(placement.host_batches(num_batches)) / num_batches
-        rows = int(slots * sum(length.prompt + length.new / 2 for length in job.lengths) / len(job.lengths))
+        mean = sum(length.prompt + length.new / 2 for length in job.lengths) / len(job.lengths)
+        rows = int(slots * (mean - job.prefix))
         return SweepSize(
             batches=num_batches,
             tokens=slots,
@@ -290,6 +307,7 @@ class Planner:
             rows_read=rows,
             decoding_on_host=int(share * slots),
             rows_read_on_host=int(share * rows),
+            prefix_rows=job.prefix,
             chunks=num_batches,
         )
 
@@ -300,7 +318,7 @@ class Planner:
     def _estimate_s(self, job: _Job, shape: BlockShape, placement: Placement) -> float:
         """A quick estimate of the job's seconds: full blocks of average sequences."""
         slots, lengths = shape.num_slots, job.lengths
-        mean_prompt = sum(length.prompt for length in lengths) / len(lengths)
+        mean_prompt = sum(length.prompt for length in lengths) / len(lengths) - job.prefix
         mean_new = sum(length.new for length in lengths) / len(lengths)
         rounds = len(lengths) / slots
 
@@ -313,7 +331,8 @@ class Planner:
             batches=len(shape.batches),
             tokens=tokens,
             chunks=max(len(shape.batches), -(-tokens // shape.chunk_tokens)),
-            prompt_square=int(slots * mean_prompt**2),
+            prefix_rows=job.prefix,
+            prompt_square=int(slots * mean_prompt * (mean_prompt + 2 * job.prefix)),
         )
         # Sequences of one block end together only if they are equally long; a sweep more covers the rest.
         decode_sweeps = max(rounds * (mean_new - 1), max(length.new for length in lengths) - 1)
