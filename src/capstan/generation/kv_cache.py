@@ -26,6 +26,7 @@ from capstan.generation.cache_buffers import (
     RING_SLOTS,
     cache_buffers,
     desk_sizes,
+    host_bytes,
     prefix_bytes,
     region_bytes,
     region_rows,
@@ -34,7 +35,7 @@ from capstan.generation.host_attention import Seats, attend_on_host, reads_in_pl
 from capstan.generation.placement import Placement
 from capstan.generation.row_format import RowFormat
 from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE, HOST_TO_DISK
-from capstan.storage import DiskSlab, Slab
+from capstan.storage import DiskSlab, Slab, SlabKeeper
 from capstan.transport import Lane, Ledger, Stopwatch, Ticket
 
 HOST_ATTENTION = "host attention"
@@ -102,6 +103,7 @@ class KeyValueCache:
         disk: DiskSlab | None,
         lanes: Lanes,
         ledger: Ledger,
+        keeper: SlabKeeper,
     ) -> None:
         self._formats, self._tiers, self._shape = formats, placement.cache, shape
         self._host_batches = placement.host_batches(len(shape.batches))
@@ -114,14 +116,8 @@ class KeyValueCache:
             + buffers.device_bytes,
             device=device,
         )
-        self._host_slab = Slab(
-            "KV cache on the host",
-            region_bytes(formats, self._tiers, shape, "host")
-            + prefix_bytes(formats, self._tiers, shape, "host")
-            + buffers.host_bytes,
-            device=torch.device("cpu"),
-            pinned=device.type == "cuda",
-        )
+        self._keeper = keeper
+        self._host_slab = keeper.take(host_bytes(formats, placement, shape, tokens=tokens))
         self._prefixes = [
             (self._device_slab if tier == "device" else self._host_slab)
             .take(shape.prefix * layout.row_bytes)
@@ -481,7 +477,7 @@ class KeyValueCache:
         self._prefixes, self._prefix_slot = [], self._device_slab.bytes[:0]
         self._fetches, self._decoding = {}, {}
         self._device_slab.close()
-        self._host_slab.close()
+        self._keeper.give_back(self._host_slab)
 
 
 def _runs(chunk: Chunk) -> Iterator[tuple[Work, slice]]:
