@@ -11,8 +11,10 @@ from capstan.storage import DiskSlab, Slab
 
 
 class Regions:
-    """Regions `[slots, rows, row bytes]` and prefixes `[prefix, row bytes]`, cut from slabs in order. A region
-    on disk is an offset in the scratch file."""
+    """Regions `[slots, rows, row bytes]` and prefixes `[prefix, row bytes]`, cut from slabs in order.
+
+    A region on disk is an offset in the scratch file.
+    """
 
     def __init__(
         self,
