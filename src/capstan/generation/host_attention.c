@@ -374,6 +374,8 @@ static void attend(const Call *call, int sequence, int first_head, int heads, Sc
                 int64_t offset = value_offset + head * HEAD_BYTES(VALUE_SIZE);
                 prefetch(next, offset, HEAD_BYTES(VALUE_SIZE));
                 for (int each = 0; each < LANES; each++) decode(rows[each] + offset, values[each], VALUE_SIZE);
+                if (row + LANES > end) /* weights of 0 would make NaN of a last row's infinities */
+                    memset(values[end - row], 0, sizeof(*values) * (row + LANES - end));
                 for (int query = head * QUERIES; query < (head + 1) * QUERIES; query++)
                     mix(values, scratch->scores + query * stride + row - start,
                         scratch->outputs + query * VALUE_SIZE);
