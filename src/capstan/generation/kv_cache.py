@@ -45,11 +45,12 @@ ROWS_IN_FLIGHT = 2
 
 
 class Lanes(NamedTuple):
-    """What moves a cache's rows to the device and away from it, and what attends them on the host."""
+    """What moves rows to the device and away from it, what attends them on the host and brings the results."""
 
     rows_in: Lane
     rows_out: Lane
     attention: Lane
+    results: Lane
 
 
 class _Desk(NamedTuple):
@@ -272,13 +273,15 @@ class KeyValueCache:
         rows = self._regions.rows(layer, batch) if fetch is None else fetch.target
         seats = decoding.seats if fetch is None else Seats.of(list(range(count)), decoding.ends)
         fresh = _shaped(desk.rows, torch.uint8, (count, layout.row_bytes))
-        lane = self._lanes.attention
+        lanes = self._lanes
+
+        def send() -> None:
+            lanes.rows_out.copy(queries, query, link=DEVICE_TO_HOST, content="activations")
+            if fetch is None:  # else they pass through the desk on their way to disk
+                lanes.rows_out.copy(fresh, new_rows, link=DEVICE_TO_HOST, content="cache")
+            lanes.rows_out.synchronize()
 
         def attend() -> None:
-            lane.copy(queries, query, link=DEVICE_TO_HOST, content="activations")
-            if fetch is None:  # else they pass through the desk on their way to disk
-                lane.copy(fresh, new_rows, link=DEVICE_TO_HOST, content="cache")
-            lane.synchronize()
             with Stopwatch(self._ledger, torch.device("cpu")).time(HOST_ATTENTION):
                 attend_on_host(
                     queries,
@@ -290,10 +293,13 @@ class KeyValueCache:
                     new_rows=fresh,
                     threads=self._host_threads,
                 )
-            lane.copy(result, found, link=HOST_TO_DEVICE, content="activations")
 
-        before = [] if fetch is None else [fetch.ticket, self._stored[layer, batch]]
-        return lane.submit(attend, after=before, uses=[query, new_rows]), result
+        def bring() -> None:
+            lanes.results.copy(result, found, link=HOST_TO_DEVICE, content="activations")
+
+        sent = lanes.rows_out.submit(send, uses=[query, new_rows])
+        attended = lanes.attention.submit(attend, after=[sent, *([fetch.ticket] if fetch else [])])
+        return lanes.results.submit(bring, after=[attended]), result
 
     # --- writing -----------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Lanes: ordered background workers, one for each direction in which bytes move.
 
 A task handed to a lane runs after all earlier tasks of that lane. On CUDA the lane has a stream of its
-own; order between streams is kept by events, never by stopping the device.
+own; order between streams is kept by events, never by stopping the device. A lane copies in one direction
+only: where one copied in both, its small copies were seen to wait for all large ones of another lane.
 """
 
 import os
