@@ -254,6 +254,13 @@ class KeyValueCache:
 
     # --- attention on the host ---------------------------------------------------------------------------
 
+    def has_room_for(self, layer: int, batch: int) -> bool:
+        """Whether a visit may begin: rows that the host reads elsewhere than where they rest must have their
+        slot of the ring, since its attention is submitted before earlier visits have ended."""
+        is_decoded_there = batch in self._decoding and self.is_attended_on_host(layer, batch)
+        brought = is_decoded_there and self._is_brought(layer, batch)
+        return not brought or (layer, batch) in self._fetches
+
     def attend_on_host(
         self, layer: int, batch: int, query: Tensor, new_rows: Tensor
     ) -> tuple[Ticket, Tensor]:

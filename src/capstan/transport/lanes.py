@@ -117,10 +117,13 @@ class Lane:
             raise failure
 
     def drain(self) -> None:
-        """Wait until everything submitted so far has taken effect; raise what any of it raised."""
-        if self._last is not None:
-            self._last.wait_on_host()
-        self.check()
+        """Wait until everything submitted so far has taken effect; raise, once, the first error among it."""
+        last, self._last = self._last, None
+        try:
+            if last is not None:
+                last.wait_on_host()
+        finally:
+            self.check()
 
     def _watched(
         self, task: Callable[[], None], after: tuple[Ticket, ...], ready: torch.cuda.Event | None
