@@ -67,7 +67,7 @@ PlaceOption = Annotated[
     list[str] | None,
     typer.Option(
         help="Place a part by hand; may be given several times. weights=device:0.3,host:0.5,disk:0.2  "
-        "cache=host  activations=device  attention=host. What is not placed is planned."
+        "cache=host  activations=device  attention=host:0.5,device:0.5. What is not placed is planned."
     ),
 ]
 ShardOption = Annotated[
