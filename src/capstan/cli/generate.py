@@ -121,7 +121,7 @@ def generate(
     # Imported here: torch and transformers take seconds, which `capstan --help` need not.
     from capstan.generation.batch_job import lengths_of, open_journal, prefix_of, read_batch, run_batch
     from capstan.generation.batch_shard import WHOLE, Shard
-    from capstan.generation.engine import plan_for
+    from capstan.generation.opening import plan_for
     from capstan.plans import compare
     from capstan.plans import explain as explain_plan
 

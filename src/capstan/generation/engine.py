@@ -4,28 +4,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
-import psutil
 import torch
 
-from capstan.errors import DeviceError, InputError, UsageError
 from capstan.generation.batching import Length
-from capstan.generation.host_attention import reading_rate
 from capstan.generation.job import Job, OnProgress
-from capstan.generation.model import Model, dominant_dtype, open_model
-from capstan.generation.placement import Tier, parse_wish
+from capstan.generation.model import Model
+from capstan.generation.opening import plan_for
 from capstan.generation.planner import JobPlan, Planner
 from capstan.generation.prefixes import shared_prefix
 from capstan.generation.prompts import check_length, tokens_of
 from capstan.generation.requests import Answer, Completion, Request, Score, TokenLogprob
 from capstan.generation.sequences import Sequence as Growing
 from capstan.generation.weights import WeightStore
-from capstan.hardware import Machine, this_machine
-from capstan.plans import Plan, Trace, parse_bytes
+from capstan.hardware import Machine
+from capstan.plans import Plan, Trace
 from capstan.storage import Checkpoint, DiskSlab
 from capstan.storage.slab import aligned
-from capstan.transport import Ledger
+from capstan.transport import Group, Ledger
 
 # What an engine is opened for when nobody says: enough sequences that the block is not the limit.
 USUAL_LENGTHS = (Length(prompt=512, new=128),) * 64
@@ -78,6 +75,7 @@ class Engine:
         share_prefixes: bool = True,
         machine: Machine | None = None,
         checkpoint: Checkpoint | None = None,
+        group: Group | Literal["auto"] | None = "auto",
     ) -> Self:
         """Open a model folder in Hugging Face format, plan, and bring the weights to their places.
 
@@ -95,6 +93,9 @@ class Engine:
             share_prefixes: whether tokens that all prompts of a job begin with are computed and stored once.
             machine: measured rates; None takes this machine's cached profile, or probes it for some seconds.
             checkpoint: where weights come from, if not from `folder`.
+            group: the ranks over which the layers are divided, all of which must call this and then ask the
+                same of their engines; "auto" for torch's default group, or torchrun's, if there is one; None
+                for this process alone.
 
         Raises:
             InputError, UnsupportedModel: the folder does not hold a model that this engine can run.
@@ -114,6 +115,7 @@ class Engine:
             share_prefixes=share_prefixes,
             machine=machine,
             checkpoint=checkpoint,
+            group=group,
         )
         opening = planner.plan(lengths, prefix=prefix if share_prefixes else 0)
         return cls.start(planner, opening, torch_device, disk_folder=Path(disk) if disk else None)
@@ -286,95 +288,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def plan_for(
-    folder: str | Path,
-    *,
-    device: str = "auto",
-    device_memory: str | int | None = None,
-    host_memory: str | int | None = None,
-    disk: str | Path | None = None,
-    weight_bits: int | None = None,
-    cache_bits: int | None = None,
-    place: Sequence[str] = (),
-    dtype: torch.dtype | None = None,
-    share_prefixes: bool = True,
-    machine: Machine | None = None,
-    checkpoint: Checkpoint | None = None,
-) -> tuple[Planner, torch.device]:
-    """A planner for a model folder, without reading a weight; the arguments are those of `Engine.open`."""
-    torch_device = _device(device)
-    probed = this_machine(device=torch_device.type) if machine is None else None
-    machine = machine or probed
-    assert machine is not None
-    checkpoint = checkpoint or Checkpoint(_existing(Path(folder)))
-    model = open_model(
-        Path(folder),
-        device_type=torch_device.type,
-        dtype=dtype or _fastest_dtype(dominant_dtype(checkpoint), machine),
-        weight_bits=weight_bits,
-        cache_bits=cache_bits,
-        checkpoint=checkpoint,
-    )
-    budgets = _budgets(machine, torch_device, device_memory, host_memory, Path(disk) if disk else None)
-    rate = None if probed is None else min(reading_rate(layout) for layout in set(model.formats))
-    planner = Planner(
-        model=model,
-        machine=machine,
-        budgets=budgets,
-        wish=parse_wish(place),
-        shares_prefixes=share_prefixes,
-        host_attention_bytes_per_s=rate,
-    )
-    return planner, torch_device
-
-
-def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise InputError(f"There is no folder {folder}. Name a folder with a model in Hugging Face format.")
-    return folder
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cuda", "cpu"):
-        raise UsageError(f"The device is 'cuda', 'cpu' or 'auto', not {name!r}.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("--device cuda was asked for, but torch sees no CUDA device. Use --device cpu.")
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")
-
-
-def _fastest_dtype(stored: torch.dtype, machine: Machine) -> torch.dtype:
-    """float32 where the device multiplies it faster than the checkpoint's narrower dtype: many processors
-    do, and it loses nothing."""
-    rates = machine.device("device").matmul_flops_per_s
-    name = str(stored).removeprefix("torch.")
-    return torch.float32 if rates.get("float32", 0.0) > rates.get(name, 0.0) else stored
-
-
-def _budgets(
-    machine: Machine,
-    device: torch.device,
-    device_memory: str | int | None,
-    host_memory: str | int | None,
-    disk: Path | None,
-) -> dict[Tier, int]:
-    host_free = machine.device("host").memory_bytes
-    if device.type == "cuda":
-        shares = (0.9 * machine.device("device").memory_bytes, 0.8 * host_free)
-    else:  # the two share one memory
-        shares = (0.5 * host_free, 0.3 * host_free)
-    budgets: dict[Tier, int] = {
-        "device": parse_bytes(device_memory) if device_memory is not None else int(shares[0]),
-        "host": parse_bytes(host_memory) if host_memory is not None else int(shares[1]),
-        "disk": 0,
-    }
-    if disk is not None:
-        existing = next(parent for parent in (disk, *disk.absolute().parents) if parent.exists())
-        budgets["disk"] = psutil.disk_usage(str(existing)).free
-    return budgets
 
 
 def _completion(answers: Sequence[Growing]) -> Completion:
