@@ -1,4 +1,4 @@
-"""`python -m capstan`, as in `torchrun --nproc-per-node 2 -m capstan generate ...`."""
+"""`python -m capstan`: the command line for launchers that start modules, such as torchrun."""
 
 import sys
 

@@ -13,13 +13,11 @@ from typing import Any
 import torch
 
 from capstan.errors import CapstanError
-from capstan.generation import Engine, Request
+from capstan.generation import Engine, Request, plan_for
 from capstan.generation.batching import Length, shape_for
 from capstan.generation.placement import parse_wish
 from capstan.generation.planner import Planner
-from capstan.generation import plan_for
 from capstan.hardware import Machine
-from capstan.transport import Group
 
 
 def main() -> None:

@@ -5,20 +5,16 @@ Starting a rank takes seconds, so each world of ranks is started once and runs m
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from capstan.generation import Request
-from capstan.generation.stage import Capacity, divide, pipelined
 from capstan.hardware import Machine
 
 AMPLE = {"device": 100 << 20, "host": 100 << 20, "disk": 100 << 20}
