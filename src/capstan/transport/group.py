@@ -147,7 +147,10 @@ class Group:
     # --- losses ------------------------------------------------------------------------------------------
 
     def loss_of(self, peer: int, error: RuntimeError) -> DeviceError | TimeoutExpired:
-        """What to raise when waiting for `peer` ended with `error`: names the ranks that are gone."""
+        """What to raise when waiting for `peer` ended with `error`: names the ranks that are gone.
+
+        After a loss the group is of no further use: a receive that was given up closes its connection.
+        """
         if "imed out" in str(error):
             return TimeoutExpired(
                 f"Rank {peer} of {self.size} did not answer rank {self.rank} within {self.patience_s:.0f} s. "
