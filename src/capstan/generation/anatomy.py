@@ -28,8 +28,8 @@ _SAMPLED_TOKENS = (256, 512)
 
 # Operations around a layer's own: attention, rows, hidden states.
 _OWN_OPERATIONS = 20
-# What Python does between two operations takes about as long again as starting one.
-_PYTHON_SHARE = 2.0
+# What Python does around each takes about twice as long as starting it.
+_PYTHON_SHARE = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,15 @@ class DeskSizes(NamedTuple):
     result: int
 
 
+def host_bytes(
+    formats: tuple[RowFormat, ...], placement: Placement, shape: BlockShape, *, tokens: int
+) -> int:
+    """All host memory of a block's cache."""
+    rests = region_bytes(formats, placement.cache, shape, "host")
+    prefixes = prefix_bytes(formats, placement.cache, shape, "host")
+    return rests + prefixes + cache_buffers(formats, placement, shape, tokens=tokens).host_bytes
+
+
 def desk_sizes(formats: tuple[RowFormat, ...], placement: Placement, slots: int) -> DeskSizes:
     """For a batch of `slots` slots."""
     away = [layout for layout, tier in zip(formats, placement.cache, strict=True) if tier != "device"]

@@ -8,8 +8,11 @@ from typing import Literal, Self
 
 import torch
 
+from capstan.generation.attention import prefill_attention
 from capstan.generation.batching import Length
+from capstan.generation.cache_buffers import host_bytes
 from capstan.generation.job import Job, OnProgress
+from capstan.generation.memory import extent_of
 from capstan.generation.model import Model
 from capstan.generation.opening import plan_for
 from capstan.generation.planner import JobPlan, Planner
@@ -20,7 +23,7 @@ from capstan.generation.sequences import Sequence as Growing
 from capstan.generation.weights import WeightStore
 from capstan.hardware import Machine
 from capstan.plans import Plan, Trace
-from capstan.storage import Checkpoint, DiskSlab
+from capstan.storage import Checkpoint, DiskSlab, SlabKeeper
 from capstan.storage.slab import aligned
 from capstan.transport import Group, Ledger
 
@@ -48,12 +51,13 @@ class Engine:
         disk_folder: Path | None,
         ledger: Ledger,
         *,
+        keeper: SlabKeeper,
         closing: ExitStack,
     ) -> None:
         self.model: Model = planner.model
         self._planner, self._opening, self._weights = planner, opening, weights
         self._device, self._disk_folder, self._ledger = device, disk_folder, ledger
-        self._closing = closing
+        self._keeper, self._closing = keeper, closing
         self.plan: Plan = opening.plan
         self.trace: Trace | None = None
 
@@ -162,7 +166,21 @@ class Engine:
                 for done in weights.load():
                     if on_loaded is not None:
                         on_loaded(done, model.checkpoint.size_bytes)
-            return cls(planner, opening, weights, device, disk_folder, ledger, closing=opened.pop_all())
+            keeper = SlabKeeper("KV cache on the host", pinned=device.type == "cuda")
+            opened.callback(keeper.close)
+            if device.type == "cuda":
+                keeper.give_back(keeper.take(_cache_host_bytes(model, opening)))
+                _wake_libraries(model, device)
+            return cls(
+                planner,
+                opening,
+                weights,
+                device,
+                disk_folder,
+                ledger,
+                keeper=keeper,
+                closing=opened.pop_all(),
+            )
 
     # --- jobs --------------------------------------------------------------------------------------------
 
@@ -254,6 +272,7 @@ class Engine:
             device=self._device,
             disk_folder=self._disk_folder,
             ledger=self._ledger,
+            keeper=self._keeper,
             on_progress=on_progress,
             keeps_cache=keeps_cache,
         )
@@ -288,6 +307,22 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _cache_host_bytes(model: Model, plan: JobPlan) -> int:
+    tokens = extent_of(plan.shape, plan.lengths).chunk_tokens
+    return host_bytes(model.formats, plan.placement, plan.shape, tokens=tokens)
+
+
+def _wake_libraries(model: Model, device: torch.device) -> None:
+    """Libraries load their kernels when first used, about a second's work: not in the first job's time."""
+    dtype, geometry = model.skeleton.compute_dtype, model.anatomy.layers[0].geometry
+    hidden = torch.zeros(64, model.skeleton.hidden_size, dtype=dtype, device=device)
+    heads = torch.zeros(64, geometry.num_query_heads, geometry.key_size, dtype=dtype, device=device)
+    if geometry.key_size == geometry.value_size:
+        keys = heads[:, : geometry.num_key_heads]
+        prefill_attention(heads, keys, keys, geometry)
+    (hidden @ hidden.T).softmax(-1).argmax(-1).tolist()
 
 
 def _completion(answers: Sequence[Growing]) -> Completion:

@@ -34,7 +34,7 @@ from capstan.generation.planner import JobPlan
 from capstan.generation.sequences import Sequence as Growing
 from capstan.generation.weights import WeightStore
 from capstan.plans import Phase
-from capstan.storage import DiskSlab
+from capstan.storage import DiskSlab, SlabKeeper
 from capstan.storage.live_bytes import LiveBytes
 from capstan.transport import Lane, Ledger, Stopwatch
 
@@ -79,13 +79,14 @@ class Job:
         device: torch.device,
         disk_folder: Path | None,
         ledger: Ledger,
+        keeper: SlabKeeper,
         on_progress: OnProgress | None = None,
         keeps_cache: bool = True,
     ) -> None:
         self._model, self._weights, self._plan = model, weights, plan
         self._sequences = list(sequences)
         self._device, self._disk_folder, self._ledger = device, disk_folder, ledger
-        self._on_progress, self._keeps_cache = on_progress, keeps_cache
+        self._keeper, self._on_progress, self._keeps_cache = keeper, on_progress, keeps_cache
         self._num_generated = self._num_sweeps = 0
         self._largest_sweep = (0, 0)
         self._delivered: set[int] = set()
@@ -296,7 +297,12 @@ class _Resources:
             assert job._disk_folder is not None, "the planner uses no disk that was not granted"
             disk = self._stack.enter_context(DiskSlab(job._disk_folder, scratch_bytes))
         names = ("cache in", "cache out", "host attention", "activations in", "activations out")
-        self._lanes = [self._stack.enter_context(Lane(name, device=device, ledger=ledger)) for name in names]
+        self._lanes = [
+            self._stack.enter_context(
+                Lane(name, device=device, ledger=ledger, is_urgent=name == "host attention")
+            )
+            for name in names
+        ]
         *cache_lanes, hidden_in, hidden_out = self._lanes
         cache = None
         if job._keeps_cache:
@@ -309,6 +315,7 @@ class _Resources:
                 disk=disk,
                 lanes=Lanes(*cache_lanes),
                 ledger=ledger,
+                keeper=job._keeper,
             )
             self._stack.callback(cache.close)
         activations = Activations(

@@ -13,28 +13,29 @@ rows are read in place while the device goes on with other batches.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from capstan.generation.attention import decode_attention, visible_rows
 from capstan.generation.batching import BatchWork, BlockShape, Chunk, Work
 from capstan.generation.cache_buffers import (
     RING_SLOTS,
     cache_buffers,
     desk_sizes,
+    host_bytes,
     prefix_bytes,
     region_bytes,
     region_rows,
 )
-from capstan.generation.host_attention import Seats, attend_on_host, reads_in_place
+from capstan.generation.cache_regions import Regions
+from capstan.generation.decoding import Decoding
+from capstan.generation.host_attention import Seats, attend_on_host
 from capstan.generation.placement import Placement
 from capstan.generation.row_format import RowFormat
 from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE, HOST_TO_DISK
-from capstan.storage import DiskSlab, Slab
+from capstan.storage import DiskSlab, Slab, SlabKeeper
 from capstan.transport import Lane, Ledger, Stopwatch, Ticket
 
 HOST_ATTENTION = "host attention"
@@ -59,28 +60,6 @@ class _Desk(NamedTuple):
     result: Tensor
 
 
-@dataclass
-class _Decoding:
-    """The sequences of one batch that decode in this sweep; tensors that every layer uses."""
-
-    chunk: Chunk
-    seats: Seats  # on the host, in a region
-    slots: Tensor  # on the device
-    starts: Tensor
-    ends: list[int]
-    masks: dict[tuple[bool, int | None], Tensor | None]
-
-    @property
-    def num_rows(self) -> int:
-        return max(self.ends)
-
-    @property
-    def span(self) -> slice:
-        """The slots from the first to the last that decodes."""
-        slots = [work.slot for work in self.chunk.works]
-        return slice(min(slots), max(slots) + 1)
-
-
 class _Fetch(NamedTuple):
     """Rows of one batch and layer on their way."""
 
@@ -102,6 +81,7 @@ class KeyValueCache:
         disk: DiskSlab | None,
         lanes: Lanes,
         ledger: Ledger,
+        keeper: SlabKeeper,
     ) -> None:
         self._formats, self._tiers, self._shape = formats, placement.cache, shape
         self._host_batches = placement.host_batches(len(shape.batches))
@@ -114,20 +94,11 @@ class KeyValueCache:
             + buffers.device_bytes,
             device=device,
         )
-        self._host_slab = Slab(
-            "KV cache on the host",
-            region_bytes(formats, self._tiers, shape, "host")
-            + prefix_bytes(formats, self._tiers, shape, "host")
-            + buffers.host_bytes,
-            device=torch.device("cpu"),
-            pinned=device.type == "cuda",
+        self._keeper = keeper
+        self._host_slab = keeper.take(host_bytes(formats, placement, shape, tokens=tokens))
+        self._regions = Regions(
+            formats, self._tiers, shape, device=self._device_slab, host=self._host_slab, disk=disk
         )
-        self._prefixes = [
-            (self._device_slab if tier == "device" else self._host_slab)
-            .take(shape.prefix * layout.row_bytes)
-            .view(shape.prefix, layout.row_bytes)
-            for layout, tier in zip(formats, self._tiers, strict=True)
-        ]
         self._prefix_slot = self._device_slab.take(buffers.prefix_slot_bytes)
         self._ring = [self._device_slab.take(buffers.ring_slot_bytes) for _ in range(RING_SLOTS)]
         self._staging = [self._host_slab.take(buffers.staging_slot_bytes) for _ in range(RING_SLOTS)]
@@ -136,14 +107,9 @@ class KeyValueCache:
         sizes = [desk_sizes(formats, placement, batch.slots) for batch in shape.batches]
         self._desks = [_Desk(*map(self._host_slab.take, each)) for each in sizes]
         self._results = {batch: self._device_slab.take(sizes[batch].result) for batch in self._host_batches}
-        self._regions = {
-            (layer, batch): self._region(layer, batch)
-            for layer in range(len(formats))
-            for batch in range(len(shape.batches))
-        }
         self._stored: dict[tuple[int, int], Ticket] = {}
         self._leaving: deque[Ticket] = deque()
-        self._decoding: dict[int, _Decoding] = {}
+        self._decoding: dict[int, Decoding] = {}
         self._to_fetch: deque[tuple[int, int]] = deque()
         self._fetches: dict[tuple[int, int], _Fetch] = {}
         self._num_fetched = 0
@@ -159,17 +125,6 @@ class KeyValueCache:
     def host_bytes(self) -> int:
         return self._host_slab.size_bytes
 
-    def _region(self, layer: int, batch: int) -> Tensor | int:
-        """A tensor `[slots, capacity, row bytes]`, or the offset in the scratch file."""
-        slots, row_bytes = self._shape.batches[batch].slots, self._formats[layer].row_bytes
-        rows = region_rows(self._shape, batch, self._tiers[layer])
-        size = slots * rows * row_bytes
-        if self._tiers[layer] == "disk":
-            assert self._disk is not None, "the planner reserves scratch space for a cache on disk"
-            return self._disk.take(size)
-        slab = self._device_slab if self._tiers[layer] == "device" else self._host_slab
-        return slab.take(size).view(slots, rows, row_bytes)
-
     def is_attended_on_host(self, layer: int, batch: int) -> bool:
         """Whether the queries of this visit cross to the host."""
         return self._tiers[layer] != "device" and batch in self._host_batches
@@ -182,7 +137,7 @@ class KeyValueCache:
     def begin(self, works: Sequence[BatchWork]) -> None:
         """Start a sweep: the rows that it will read begin to arrive, in the order of the schedule."""
         self._decoding = {
-            work.batch: self._decoding_of(chunk)
+            work.batch: Decoding.of(chunk, self._device)
             for work in works
             for chunk in work.chunks
             if not chunk.is_prefill
@@ -196,18 +151,6 @@ class KeyValueCache:
         )
         for _ in range(RING_SLOTS):
             self._fetch_next()
-
-    def _decoding_of(self, chunk: Chunk) -> _Decoding:
-        slots, ends = [work.slot for work in chunk.works], [work.end for work in chunk.works]
-        seats = Seats.of(slots, ends)
-        return _Decoding(
-            chunk=chunk,
-            seats=seats,
-            slots=seats.slots.long().to(self._device),
-            starts=(seats.ends.long() - 1).to(self._device),
-            ends=ends,
-            masks={},
-        )
 
     # --- reading -----------------------------------------------------------------------------------------
 
@@ -243,7 +186,7 @@ class KeyValueCache:
             return
         with lane.stopwatch.time(HOST_TO_DEVICE):
             if prefix:
-                target[0, :prefix].copy_(self._prefixes[layer], non_blocking=True)
+                target[0, :prefix].copy_(self._regions.prefixes[layer], non_blocking=True)
                 target[1:, :prefix] = target[:1, :prefix]
             for index, (work, source) in enumerate(zip(works, sources, strict=True)):
                 target[index, prefix : work.start].view(-1).copy_(source, non_blocking=True)
@@ -256,14 +199,14 @@ class KeyValueCache:
         width, num_rows = self._formats[layer].row_bytes, work.start - self._shape.prefix
         size = num_rows * width
         if self._tiers[layer] == "host":
-            return self._region_rows(layer, batch)[work.slot, :num_rows].view(-1)
+            return self._regions.rows(layer, batch)[work.slot, :num_rows].view(-1)
         source = target[:num_rows].view(-1)
         if batch not in self._host_batches:
             start = work.slot * region_rows(self._shape, batch, "disk") * width
             source = self._staging[slot][start : start + size]
         assert self._disk is not None
         with self._lanes.rows_in.booking(DISK_TO_HOST, "cache", size):
-            self._disk.read(self._disk_offset(layer, batch, work), source)
+            self._disk.read(self._regions.disk_offset(layer, batch, work), source)
         return source
 
     def attend_on_device(self, layer: int, batch: int, query: Tensor, new_rows: Tensor) -> Tensor:
@@ -272,31 +215,14 @@ class KeyValueCache:
 
         query: `[sequences, heads, size]`. Returns `[sequences, heads, value size]`.
         """
-        decoding, layout = self._decoding[batch], self._formats[layer]
         rows, seats = self._rows_on_device(layer, batch, new_rows)
-        if query.device.type == "cpu" and reads_in_place(layout, query.dtype):
-            geometry = layout.geometry
-            out = query.new_empty(len(query), geometry.num_query_heads, geometry.value_size)
-            attend_on_host(query.contiguous(), rows, layout, seats, out=out)
-            return out
-        # Idle slots in between are attended too, for one row, which costs less than copying the others.
-        slots = seats.slots.tolist()
-        here = rows[min(slots) : max(slots) + 1, : decoding.num_rows]
-        is_dense = len(here) == len(slots)
-        visible = self._mask(decoding, layout.geometry.sliding_window, dense=is_dense)
-        keys, values = layout.decode(here)
-        if is_dense:
-            return decode_attention(query, keys, values, visible, layout.geometry)
-        places = decoding.slots - min(slots)
-        seated = query.new_zeros(len(here), *query.shape[1:])
-        seated[places] = query
-        return decode_attention(seated, keys, values, visible, layout.geometry)[places]
+        return self._decoding[batch].attend(query, rows, seats, self._formats[layer])
 
     def _rows_on_device(self, layer: int, batch: int, new_rows: Tensor) -> tuple[Tensor, Seats]:
         """`[slots, rows, row bytes]`, and who sits where in them."""
         decoding = self._decoding[batch]
         if (layer, batch) not in self._fetches:
-            return self._region_rows(layer, batch), decoding.seats
+            return self._regions.rows(layer, batch), decoding.seats
         fetch = self._fetches.pop((layer, batch))
         fetch.ticket.wait()
         order = range(len(decoding.ends))
@@ -307,7 +233,7 @@ class KeyValueCache:
         """Keys and values `[prefix, key heads, size]` that prompts of this chunk follow, if any."""
         if not self._shape.prefix or chunk.works[0].is_prefix:
             return None
-        layout, rows = self._formats[layer], self._prefixes[layer]
+        layout, rows = self._formats[layer], self._regions.prefixes[layer]
         if self._tiers[layer] != "device":
             lane, home = self._lanes.rows_in, rows
             rows = arrived = _shaped(self._prefix_slot, torch.uint8, tuple(home.shape))
@@ -324,18 +250,6 @@ class KeyValueCache:
         """Whether a visit's rows are read elsewhere than where they rest."""
         tier = self._tiers[layer]
         return tier == "disk" or (tier == "host" and batch not in self._host_batches)
-
-    def _mask(self, decoding: _Decoding, window: int | None, *, dense: bool) -> Tensor | None:
-        if (dense, window) not in decoding.masks:
-            ends = torch.tensor(decoding.ends)
-            if not dense:  # an idle slot in between shows one row
-                span = decoding.span
-                seated = torch.ones(span.stop - span.start, dtype=torch.long)
-                seated[decoding.seats.slots.long() - span.start] = ends
-                ends = seated
-            mask = visible_rows(ends, decoding.num_rows, window)
-            decoding.masks[dense, window] = None if mask is None else mask.to(self._device)
-        return decoding.masks[dense, window]
 
     # --- attention on the host ---------------------------------------------------------------------------
 
@@ -355,7 +269,7 @@ class KeyValueCache:
         found = _shaped(desk.result, query.dtype, shape)
         result = _shaped(self._results[batch], query.dtype, shape)
         fetch = self._fetches.pop((layer, batch), None)
-        rows = self._region_rows(layer, batch) if fetch is None else fetch.target
+        rows = self._regions.rows(layer, batch) if fetch is None else fetch.target
         seats = decoding.seats if fetch is None else Seats.of(list(range(count)), decoding.ends)
         fresh = _shaped(desk.rows, torch.uint8, (count, layout.row_bytes))
         lane = self._lanes.attention
@@ -372,7 +286,7 @@ class KeyValueCache:
                     layout,
                     seats,
                     out=found,
-                    prefix=self._prefixes[layer] if self._shape.prefix else None,
+                    prefix=self._regions.prefixes[layer] if self._shape.prefix else None,
                     new_rows=fresh,
                     threads=self._host_threads,
                 )
@@ -408,7 +322,7 @@ class KeyValueCache:
 
     def _put(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
         """Put a chunk's rows into their region on the device, prompts' after a copy of the prefix."""
-        region, prefix = self._region_rows(layer, batch), self._prefixes[layer]
+        region, prefix = self._regions.rows(layer, batch), self._regions.prefixes[layer]
         if not chunk.is_prefill:
             decoding = self._decoding[batch]
             region[decoding.slots, decoding.starts] = rows
@@ -420,16 +334,16 @@ class KeyValueCache:
                 region[work.slot, work.start : work.end] = rows[run]
 
     def _send_prefix(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
-        self._lanes.rows_out.copy(self._prefixes[layer], rows, link=DEVICE_TO_HOST, content="cache")
+        self._lanes.rows_out.copy(self._regions.prefixes[layer], rows, link=DEVICE_TO_HOST, content="cache")
 
     def _send_prompts(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
         """A prompt's rows lie side by side in its slot."""
         lane = self._lanes.rows_out
         if self._tiers[layer] == "host":
-            region = self._region_rows(layer, batch)
+            region = self._regions.rows(layer, batch)
             with lane.stopwatch.time(DEVICE_TO_HOST):
                 for work, run in _runs(chunk):
-                    region[work.slot, self._own(work)].copy_(rows[run], non_blocking=True)
+                    region[work.slot, self._regions.own(work)].copy_(rows[run], non_blocking=True)
             self._ledger.count(DEVICE_TO_HOST, "cache", rows.numel())
             return
         staging = _shaped(self._outgoing, torch.uint8, tuple(rows.shape))
@@ -446,42 +360,25 @@ class KeyValueCache:
         if self._tiers[layer] == "disk":
             self._write_disk(layer, batch, chunk, staging)
             return
-        region = self._region_rows(layer, batch)
+        region = self._regions.rows(layer, batch)
         for work, run in _runs(chunk):
-            region[work.slot, self._own(work)] = staging[run]
+            region[work.slot, self._regions.own(work)] = staging[run]
 
     def _write_disk(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
         assert self._disk is not None
         width = self._formats[layer].row_bytes
         with self._lanes.rows_out.booking(HOST_TO_DISK, "cache", rows.numel()):
             for work, run in _runs(chunk):
-                offset = self._disk_offset(layer, batch, work) + self._own(work).start * width
+                offset = self._regions.disk_offset(layer, batch, work) + self._regions.own(work).start * width
                 self._disk.write(offset, rows[run].view(-1))
-
-    # --- places ------------------------------------------------------------------------------------------
-
-    def _own(self, work: Work) -> slice:
-        """The rows of a piece of work in a slot that begins after the prefix."""
-        return slice(work.start - self._shape.prefix, work.end - self._shape.prefix)
-
-    def _region_rows(self, layer: int, batch: int) -> Tensor:
-        region = self._regions[layer, batch]
-        assert isinstance(region, Tensor)
-        return region
-
-    def _disk_offset(self, layer: int, batch: int, work: Work) -> int:
-        region = self._regions[layer, batch]
-        assert isinstance(region, int)
-        num_rows = region_rows(self._shape, batch, "disk")
-        return region + work.slot * num_rows * self._formats[layer].row_bytes
 
     def close(self) -> None:
         """Give the memory back; the lanes must be idle."""
-        self._regions, self._ring, self._staging, self._desks, self._results = {}, [], [], [], {}
-        self._prefixes, self._prefix_slot = [], self._device_slab.bytes[:0]
+        self._regions.forget()
+        self._ring, self._staging, self._desks, self._results = [], [], [], {}
         self._fetches, self._decoding = {}, {}
         self._device_slab.close()
-        self._host_slab.close()
+        self._keeper.give_back(self._host_slab)
 
 
 def _runs(chunk: Chunk) -> Iterator[tuple[Work, slice]]:

@@ -57,6 +57,8 @@ class RowFormat:
     def encode(self, key: Tensor, value: Tensor) -> Tensor:
         """key `[tokens, key heads, size]`, value alike → rows `[tokens, row bytes]`."""
         count = key.shape[0]
+        if self.is_plain:
+            return torch.cat((key.flatten(1), value.flatten(1)), dim=1).view(torch.uint8)
         parts = [self.codec.encode(part).payload.view(count, -1) for part in (key, value)]
         return torch.cat(parts, dim=1)
 

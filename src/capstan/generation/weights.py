@@ -123,6 +123,7 @@ class WeightStore:
         self._staging = [self._host_slab.take(buffers.host_slot_bytes) for _ in range(_STAGING_SLOTS)]
         self._decoded = [self._device_slab.take(buffers.decoded_bytes) for _ in range(buffers.num_decoded)]
         self._homes: dict[str, Tensor] = {}
+        self._known_seats: dict[tuple[int, int, int], list[_Seat]] = {}
         self._away = [[each for each in unit if tiers[each.name] != "device"] for unit in inventory.units]
         self._expected: deque[int] = deque()
         self._arriving: deque[_Arrival] = deque()
@@ -230,24 +231,31 @@ class WeightStore:
         for ticket in arrival.tickets:
             ticket.wait()
         self._book(arrival)
-        buffer = self._decoded[self._num_taken % len(self._decoded)]
+        buffer = self._num_taken % len(self._decoded)
         self._num_taken += 1
-        tensors: dict[str, Tensor] = {}
-        arrived = decoded = 0
-        for tensor in self._inventory.units[unit]:
-            if self._tiers[tensor.name] == "device":
-                payload = self._homes[tensor.name]
-            else:
-                payload = self._ring[arrival.slot][arrived : arrived + tensor.stored_bytes]
-                arrived += aligned(tensor.stored_bytes)
-            if tensor.is_plain:
-                tensors[tensor.name] = _typed(payload, tensor)
-            else:
-                target = _typed(buffer[decoded : decoded + tensor.decoded_bytes], tensor)
+        seats = self._seats(unit, arrival.slot, buffer)
+        for tensor, payload, target in seats:
+            if not tensor.is_plain:
                 tensor.codec.decode_into(payload, tensor.spec.shape, tensor.dtype, target)
-                tensors[tensor.name] = target
-                decoded += aligned(tensor.decoded_bytes)
-        return tensors
+        return {tensor.name: target for tensor, _, target in seats}
+
+    def _seats(self, unit: int, slot: int, buffer: int) -> list["_Seat"]:
+        """A unit's tensors in a slot of the ring and a decoding buffer; the same at every visit."""
+        if (unit, slot, buffer) not in self._known_seats:
+            seats, arrived, decoded = [], 0, 0
+            for tensor in self._inventory.units[unit]:
+                if self._tiers[tensor.name] == "device":
+                    payload = self._homes[tensor.name]
+                else:
+                    payload = self._ring[slot][arrived : arrived + tensor.stored_bytes]
+                    arrived += aligned(tensor.stored_bytes)
+                target = payload
+                if not tensor.is_plain:
+                    target = self._decoded[buffer][decoded : decoded + tensor.decoded_bytes]
+                    decoded += aligned(tensor.decoded_bytes)
+                seats.append(_Seat(tensor, payload, _typed(target, tensor)))
+            self._known_seats[unit, slot, buffer] = seats
+        return self._known_seats[unit, slot, buffer]
 
     def release(self) -> None:
         """The unit that was taken first is no longer computed with: its slot is for the next to come."""
@@ -372,9 +380,18 @@ class WeightStore:
         """Give the memory back."""
         self._lane.close()
         self._reader.close()
-        self._homes, self.rest, self._ring, self._staging, self._decoded = {}, {}, [], [], []
+        self._homes, self.rest, self._known_seats = {}, {}, {}
+        self._ring, self._staging, self._decoded = [], [], []
         self._device_slab.close()
         self._host_slab.close()
+
+
+class _Seat(NamedTuple):
+    """A tensor of a unit: its bytes as they are stored, and what is computed with, which may be the same."""
+
+    tensor: StoredTensor
+    payload: Tensor
+    values: Tensor
 
 
 class _Arrival(NamedTuple):

@@ -7,5 +7,6 @@ exact size on a device or on the host (pinned where that helps). A `DiskSlab` is
 from capstan.storage.checkpoint import Checkpoint, TensorRange
 from capstan.storage.disk_slab import DiskSlab
 from capstan.storage.slab import Slab
+from capstan.storage.slab_keeper import SlabKeeper
 
-__all__ = ["Checkpoint", "DiskSlab", "Slab", "TensorRange"]
+__all__ = ["Checkpoint", "DiskSlab", "Slab", "SlabKeeper", "TensorRange"]

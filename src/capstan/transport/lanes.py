@@ -4,6 +4,7 @@ A task handed to a lane runs after all earlier tasks of that lane. On CUDA the l
 own; order between streams is kept by events, never by stopping the device.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,10 @@ from capstan.transport.ledger import Ledger
 from capstan.transport.stopwatch import Stopwatch
 
 _PATIENCE_S = 600.0
+
+# By default CUDA gives all streams 8 queues between them, and a copy waits for whatever is before it in its
+# queue, on the other link too. Read when CUDA wakes up; whoever has set it knows why.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 class Ticket:
@@ -68,10 +73,12 @@ class Ticket:
 class Lane:
     """An ordered worker. Use as a context manager, or `close()` it."""
 
-    def __init__(self, name: str, *, device: torch.device, ledger: Ledger) -> None:
+    def __init__(self, name: str, *, device: torch.device, ledger: Ledger, is_urgent: bool = False) -> None:
+        """`is_urgent`: what it moves is small and somebody waits for it, so it goes before other lanes'."""
         self.name = name
         self.ledger = ledger
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        priority = -1 if is_urgent else 0
+        self._stream = torch.cuda.Stream(device, priority=priority) if device.type == "cuda" else None
         # With its index, since "cuda" alone means another device whenever a thread changes its current one.
         self._device = device if self._stream is None else self._stream.device
         self.stopwatch = Stopwatch(ledger, self._device)
