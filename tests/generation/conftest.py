@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from capstan.generation import Engine, Request, plan_for
+from capstan.generation import Engine, Request, block_schedule, plan_for
 from capstan.generation.batching import BlockShape, Length, shape_for
+from capstan.generation.block_schedule import BlockSchedule
 from capstan.generation.placement import Tier, parse_wish
 from capstan.generation.planner import Planner
 from capstan.hardware import Device, Link, Machine
@@ -346,6 +347,36 @@ def force_shape(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(Planner, "_shapes", shapes)
 
     return force_shape
+
+
+@pytest.fixture
+def force_ring(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`force_ring(3)`: engines opened from now on have room for three streamed layers."""
+    solved = Planner._solved
+
+    def force_ring(slots: int) -> None:
+        def with_ring(*args: Any, **options: Any) -> Any:
+            return solved(*args, **options | {"ring_slots": slots})
+
+        monkeypatch.setattr(Planner, "_solved", with_ring)
+
+    return force_ring
+
+
+@pytest.fixture
+def stops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The processor stops batches inside their attention, as accelerators do, so that this is seen without
+    one. Gathers, for each time that one is resumed, how many were stopped."""
+    counts: list[int] = []
+    resume = BlockSchedule._resume
+
+    def counted(self: BlockSchedule, passage: Any) -> None:
+        counts.append(1 + len(self._stopped))
+        resume(self, passage)
+
+    monkeypatch.setattr(block_schedule, "_OVERLAPPING", ("cuda", "cpu"))
+    monkeypatch.setattr(BlockSchedule, "_resume", counted)
+    return counts
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from capstan.errors import CapstanError, DoesNotFit
-from capstan.generation import Engine, Request
+from capstan.generation import Engine, Request, job, kv_cache
 from capstan.generation.batching import Length
 from capstan.generation.job import Progress
+from capstan.generation.kv_cache import KeyValueCache
 from capstan.generation.skeleton import Skeleton
 from capstan.storage import Checkpoint, DiskSlab
 
@@ -404,3 +405,81 @@ def test_a_closed_engine_has_given_back_every_file_and_thread(
         answers_of(engine, requests)
         assert (_open_files(), _lanes()) != before
     assert (_open_files(), _lanes()) == before
+
+
+# --- batches that have stopped -----------------------------------------------------------------------------
+
+OVER_DISK = "weights=disk cache=disk activations=device attention="
+FAULTS: dict[str, tuple[object, str, str]] = {
+    "layer": (Skeleton, "layer", OVER_DISK + "device"),
+    "attention on the device": (KeyValueCache, "attend_on_device", OVER_DISK + "device"),
+    "attention on the host": (kv_cache, "attend_on_host", OVER_DISK + "host:0.5,device:0.5"),
+    "reading cache": (DiskSlab, "read", OVER_DISK + "host:0.5,device:0.5"),
+    "writing cache": (DiskSlab, "write", OVER_DISK + "host"),
+    "reading weights": (Checkpoint, "read", OVER_DISK + "host:0.5,device:0.5"),
+    "logits": (job, "choose", OVER_DISK + "host:0.5,device:0.5"),
+}
+
+
+def _is_stripped(engine: Engine) -> bool:
+    return all(
+        parameter.is_meta for layer in engine.model.skeleton.layers for parameter in layer.parameters()
+    )
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_error_while_batches_are_stopped_ends_the_job_and_the_next_one_works(
+    fault: str,
+    stops: list[int],
+    requests: list[Request],
+    expected: Callable[[str], list[list[int]]],
+    start_engine: Callable[..., Engine],
+    answers_of: Callable[..., list[list[int]]],
+    check_promises: Callable[[Engine], None],
+    force_shape: Callable[..., None],
+    force_ring: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner, name, place = FAULTS[fault]
+    trip = Trip(getattr(owner, name), _io_error)
+    monkeypatch.setattr(owner, name, trip)
+    force_ring(3)
+    with start_engine("llama", place=[place]) as engine:
+        force_shape(slots=1, batches=4)
+        answers_of(engine, requests)  # the planner plays layers too, once for a block
+        trip.arm(None)
+        assert answers_of(engine, requests) == expected("llama")
+        num_calls = trip.num_calls
+        before = _open_files(), _lanes()
+        for trips_at in (num_calls // 3, num_calls - 1):
+            trip.arm(trips_at)
+            with pytest.raises(OSError, match="Input/output error"):
+                answers_of(engine, requests)
+            assert _is_stripped(engine)
+            assert (_open_files(), _lanes()) == before
+            trip.arm(None)
+            assert answers_of(engine, requests) == expected("llama"), f"after call {trips_at} of {num_calls}"
+            check_promises(engine)
+    assert max(stops) > 1
+
+
+@pytest.mark.usefixtures("stops")
+def test_a_job_left_half_way_leaves_no_stopped_batch_behind(
+    requests: list[Request],
+    expected: Callable[[str], list[list[int]]],
+    start_engine: Callable[..., Engine],
+    answers_of: Callable[..., list[list[int]]],
+    force_shape: Callable[..., None],
+) -> None:
+    with start_engine("llama", place=[OVER_DISK + "host:0.5,device:0.5"]) as engine:
+        assert answers_of(engine, requests) == expected("llama")
+        before = _open_files(), _lanes()
+        force_shape(slots=1, batches=3)
+        for num_taken in (1, 2, 4):
+            left = engine.generate(requests)
+            for _ in range(num_taken):
+                next(left)
+            left.close()
+            assert _is_stripped(engine)
+            assert (_open_files(), _lanes()) == before
+            assert answers_of(engine, requests) == expected("llama")

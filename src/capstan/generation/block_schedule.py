@@ -155,7 +155,7 @@ class BlockSchedule:
             batches = {work.batch: self._front(work, tokens_of) for work in works}
             self._activations.prefetch(visits[0].batch)
             for visit, following in zip(visits, [*visits[1:], None], strict=True):
-                self._finish_until_free(visit.batch)
+                self._finish_until_free(visit)
                 if visit.batch == works[0].batch:
                     self._begin_layer(visit.layer, len(works))
                 if following is not None and following.batch != visit.batch:
@@ -210,10 +210,15 @@ class BlockSchedule:
             self._skeleton.strip(layer)
             self._weights.release()
 
-    def _finish_until_free(self, batch: int) -> None:
-        """Passages end in the order in which they began; stop when none of this batch is under way."""
-        while any(passage.visit.batch == batch for passage in self._stopped):
+    def _finish_until_free(self, visit: Visit) -> None:
+        """Passages end in the order in which they began; stop when none of this batch is under way, and its
+        rows have room."""
+        while self._stopped and not self._is_free(visit):
             self._resume(self._stopped.popleft())
+
+    def _is_free(self, visit: Visit) -> bool:
+        is_under_way = any(passage.visit.batch == visit.batch for passage in self._stopped)
+        return not is_under_way and (self._cache is None or self._cache.has_room_for(*visit))
 
     def _finish_all(self) -> None:
         while self._stopped:

@@ -17,7 +17,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -375,6 +374,8 @@ static void attend(const Call *call, int sequence, int first_head, int heads, Sc
                 int64_t offset = value_offset + head * HEAD_BYTES(VALUE_SIZE);
                 prefetch(next, offset, HEAD_BYTES(VALUE_SIZE));
                 for (int each = 0; each < LANES; each++) decode(rows[each] + offset, values[each], VALUE_SIZE);
+                if (row + LANES > end) /* weights of 0 would make NaN of a last row's infinities */
+                    memset(values[end - row], 0, sizeof(*values) * (row + LANES - end));
                 for (int query = head * QUERIES; query < (head + 1) * QUERIES; query++)
                     mix(values, scratch->scores + query * stride + row - start,
                         scratch->outputs + query * VALUE_SIZE);
@@ -418,15 +419,25 @@ static void work_on(Work *work) {
     free(memory);
 }
 
-static struct {
-    pthread_mutex_t busy;  /* held during a call */
-    pthread_mutex_t lock;  /* guards what follows */
+typedef struct {
+    pthread_mutex_t busy; /* held during a call */
+    pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t wake, done;
     Work *work;
     int threads, wanted, working;
-    pid_t owner; /* threads do not survive a fork */
-} pool = {.busy = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER,
-          .wake = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER};
+} Pool;
+
+#define NOBODY {.busy = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, \
+                .wake = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER}
+
+static Pool pool = NOBODY;
+
+/* Threads do not survive a fork, but conditions remember who waited, and locks who held them. */
+static void forget_threads(void) { pool = (Pool)NOBODY; }
+
+static __attribute__((constructor)) void forget_threads_after_fork(void) {
+    pthread_atfork(NULL, NULL, forget_threads);
+}
 
 static void *helper(void *unused) {
     (void)unused;
@@ -446,10 +457,6 @@ static void *helper(void *unused) {
 
 /* At least `count` threads that wait for work, or as many as the system grants. */
 static void hire(int count) {
-    if (pool.owner != getpid()) {
-        pool.owner = getpid();
-        pool.threads = pool.wanted = pool.working = 0;
-    }
     pthread_attr_t detached;
     pthread_attr_init(&detached);
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);

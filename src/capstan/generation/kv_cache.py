@@ -45,11 +45,12 @@ ROWS_IN_FLIGHT = 2
 
 
 class Lanes(NamedTuple):
-    """What moves a cache's rows to the device and away from it, and what attends them on the host."""
+    """What moves rows to the device and away from it, what attends them on the host and brings the results."""
 
     rows_in: Lane
     rows_out: Lane
     attention: Lane
+    results: Lane
 
 
 class _Desk(NamedTuple):
@@ -253,6 +254,13 @@ class KeyValueCache:
 
     # --- attention on the host ---------------------------------------------------------------------------
 
+    def has_room_for(self, layer: int, batch: int) -> bool:
+        """Whether a visit may begin: rows that the host reads elsewhere than where they rest must have their
+        slot of the ring, since its attention is submitted before earlier visits have ended."""
+        is_decoded_there = batch in self._decoding and self.is_attended_on_host(layer, batch)
+        brought = is_decoded_there and self._is_brought(layer, batch)
+        return not brought or (layer, batch) in self._fetches
+
     def attend_on_host(
         self, layer: int, batch: int, query: Tensor, new_rows: Tensor
     ) -> tuple[Ticket, Tensor]:
@@ -272,13 +280,15 @@ class KeyValueCache:
         rows = self._regions.rows(layer, batch) if fetch is None else fetch.target
         seats = decoding.seats if fetch is None else Seats.of(list(range(count)), decoding.ends)
         fresh = _shaped(desk.rows, torch.uint8, (count, layout.row_bytes))
-        lane = self._lanes.attention
+        lanes = self._lanes
+
+        def send() -> None:
+            lanes.rows_out.copy(queries, query, link=DEVICE_TO_HOST, content="activations")
+            if fetch is None:  # else they pass through the desk on their way to disk
+                lanes.rows_out.copy(fresh, new_rows, link=DEVICE_TO_HOST, content="cache")
+            lanes.rows_out.synchronize()
 
         def attend() -> None:
-            lane.copy(queries, query, link=DEVICE_TO_HOST, content="activations")
-            if fetch is None:  # else they pass through the desk on their way to disk
-                lane.copy(fresh, new_rows, link=DEVICE_TO_HOST, content="cache")
-            lane.synchronize()
             with Stopwatch(self._ledger, torch.device("cpu")).time(HOST_ATTENTION):
                 attend_on_host(
                     queries,
@@ -290,10 +300,13 @@ class KeyValueCache:
                     new_rows=fresh,
                     threads=self._host_threads,
                 )
-            lane.copy(result, found, link=HOST_TO_DEVICE, content="activations")
 
-        before = [] if fetch is None else [fetch.ticket, self._stored[layer, batch]]
-        return lane.submit(attend, after=before, uses=[query, new_rows]), result
+        def bring() -> None:
+            lanes.results.copy(result, found, link=HOST_TO_DEVICE, content="activations")
+
+        sent = lanes.rows_out.submit(send, uses=[query, new_rows])
+        attended = lanes.attention.submit(attend, after=[sent, *([fetch.ticket] if fetch else [])])
+        return lanes.results.submit(bring, after=[attended]), result
 
     # --- writing -----------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ once for each visit of a unit, whatever the number of batches.
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from math import prod
 from typing import NamedTuple
 
@@ -368,13 +369,16 @@ class WeightStore:
     def forget(self) -> None:
         """No unit will be taken for now: wait for those on their way, and count what they moved."""
         self._expected.clear()
-        for lane in (self._reader, self._lane):
-            lane.drain()
-            lane.stopwatch.settle()
-        for arrival in self._arriving:
-            self._book(arrival)
-        self._arriving.clear()
-        self._taken.clear()
+        try:
+            with ExitStack() as both:  # also if one raises
+                both.callback(self._lane.drain)
+                both.callback(self._reader.drain)
+            self._lane.stopwatch.settle()
+            for arrival in self._arriving:
+                self._book(arrival)
+        finally:
+            for tickets in (self._arriving, self._taken, self._read):
+                tickets.clear()
 
     def close(self) -> None:
         """Give the memory back."""

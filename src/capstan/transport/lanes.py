@@ -1,7 +1,8 @@
 """Lanes: ordered background workers, one for each direction in which bytes move.
 
 A task handed to a lane runs after all earlier tasks of that lane. On CUDA the lane has a stream of its
-own; order between streams is kept by events, never by stopping the device.
+own; order between streams is kept by events, never by stopping the device. A lane copies in one direction
+only: where one copied in both, its small copies were seen to wait for all large ones of another lane.
 """
 
 import os
@@ -116,10 +117,13 @@ class Lane:
             raise failure
 
     def drain(self) -> None:
-        """Wait until everything submitted so far has taken effect; raise what any of it raised."""
-        if self._last is not None:
-            self._last.wait_on_host()
-        self.check()
+        """Wait until everything submitted so far has taken effect; raise, once, the first error among it."""
+        last, self._last = self._last, None
+        try:
+            if last is not None:
+                last.wait_on_host()
+        finally:
+            self.check()
 
     def _watched(
         self, task: Callable[[], None], after: tuple[Ticket, ...], ready: torch.cuda.Event | None
