@@ -108,6 +108,13 @@ class Chunk:
     def num_tokens(self) -> int:
         return sum(work.count for work in self.works)
 
+    def runs(self) -> Iterator[tuple[Work, slice]]:
+        """Each piece of work with its run of the chunk's tokens."""
+        start = 0
+        for work in self.works:
+            yield work, slice(start, start + work.count)
+            start += work.count
+
 
 class BatchWork(NamedTuple):
     """What one GPU batch does in one sweep."""

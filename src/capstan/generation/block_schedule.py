@@ -295,14 +295,11 @@ class BlockSchedule:
             self._cache.append(visit.layer, visit.batch, chunk, key, value)
         output = query.new_empty(query.shape[0], geometry.num_query_heads, geometry.value_size)
         before = self._cache.prefix(visit.layer, chunk) if self._cache is not None else None
-        start = 0
-        for work in chunk.works:
-            run = slice(start, start + work.count)
+        for _, run in chunk.runs():
             keys, values = key[run], value[run]
             if before is not None:
                 keys, values = torch.cat((before[0], keys)), torch.cat((before[1], values))
             output[run] = prefill_attention(query[run], keys, values, geometry)
-            start += work.count
         return output
 
     def _decode(self, passage: _Passage, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

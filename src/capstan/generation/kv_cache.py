@@ -12,7 +12,7 @@ rows are read in place while the device goes on with other batches.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ ROWS_IN_FLIGHT = 2
 
 
 class Lanes(NamedTuple):
-    """What moves rows to the device and away from it, what attends them on the host and brings the results."""
+    """What moves rows to the device and away from it; what attends them on the host and brings results."""
 
     rows_in: Lane
     rows_out: Lane
@@ -342,7 +342,7 @@ class KeyValueCache:
         elif chunk.works[0].is_prefix:
             prefix.copy_(rows)
         else:
-            for work, run in _runs(chunk):
+            for work, run in chunk.runs():
                 region[work.slot, : len(prefix)] = prefix
                 region[work.slot, work.start : work.end] = rows[run]
 
@@ -355,7 +355,7 @@ class KeyValueCache:
         if self._tiers[layer] == "host":
             region = self._regions.rows(layer, batch)
             with lane.stopwatch.time(DEVICE_TO_HOST):
-                for work, run in _runs(chunk):
+                for work, run in chunk.runs():
                     region[work.slot, self._regions.own(work)].copy_(rows[run], non_blocking=True)
             self._ledger.count(DEVICE_TO_HOST, "cache", rows.numel())
             return
@@ -374,14 +374,14 @@ class KeyValueCache:
             self._write_disk(layer, batch, chunk, staging)
             return
         region = self._regions.rows(layer, batch)
-        for work, run in _runs(chunk):
+        for work, run in chunk.runs():
             region[work.slot, self._regions.own(work)] = staging[run]
 
     def _write_disk(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
         assert self._disk is not None
         width = self._formats[layer].row_bytes
         with self._lanes.rows_out.booking(HOST_TO_DISK, "cache", rows.numel()):
-            for work, run in _runs(chunk):
+            for work, run in chunk.runs():
                 offset = self._regions.disk_offset(layer, batch, work) + self._regions.own(work).start * width
                 self._disk.write(offset, rows[run].view(-1))
 
@@ -392,14 +392,6 @@ class KeyValueCache:
         self._fetches, self._decoding = {}, {}
         self._device_slab.close()
         self._keeper.give_back(self._host_slab)
-
-
-def _runs(chunk: Chunk) -> Iterator[tuple[Work, slice]]:
-    """Each piece of work with its run of the chunk's tokens."""
-    start = 0
-    for work in chunk.works:
-        yield work, slice(start, start + work.count)
-        start += work.count
 
 
 def _shaped(run: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

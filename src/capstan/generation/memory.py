@@ -27,7 +27,7 @@ from capstan.generation.kv_cache import ROWS_IN_FLIGHT
 from capstan.generation.model import Model
 from capstan.generation.placement import Placement, Tier
 from capstan.generation.row_format import RowFormat
-from capstan.generation.weights import buffers_for
+from capstan.generation.weight_buffers import buffers_for
 from capstan.plans import bytes_text
 from capstan.storage.slab import aligned
 

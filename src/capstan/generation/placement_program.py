@@ -23,7 +23,8 @@ from capstan.generation.kv_cache import HOST_ATTENTION
 from capstan.generation.memory import Demand
 from capstan.generation.model import Model
 from capstan.generation.placement import TIERS, Placement, Tier
-from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE, buffers_for
+from capstan.generation.weight_buffers import buffers_for
+from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE
 from capstan.hardware import Machine
 from capstan.plans import IntegerProgram
 from capstan.storage.slab import aligned

@@ -20,6 +20,7 @@ from torch import Tensor
 from capstan.generation.checkpoint_map import Piece, Sources
 from capstan.generation.inventory import Inventory, StoredTensor
 from capstan.generation.placement import Tier
+from capstan.generation.weight_buffers import STAGING_SLOTS, buffers_for
 from capstan.storage import Checkpoint, DiskSlab, Slab
 from capstan.storage.slab import aligned
 from capstan.transport import Lane, Ledger, Ticket
@@ -32,51 +33,6 @@ LOADING_BYTES = 16 << 20
 
 # Streamed weights cross in pieces of this size, so that rows of the cache can cross between them.
 _PIECE_BYTES = 64 << 20
-
-# Units that are read from disk ahead of the one that crosses to the device.
-_STAGING_SLOTS = 2
-
-
-class WeightBuffers(NamedTuple):
-    """Sizes of the buffers that streaming needs: one slot of each ring, and the decoded unit."""
-
-    ring_slots: int
-    device_slot_bytes: int
-    host_slot_bytes: int
-    decoded_bytes: int
-    scratch_bytes: int
-
-    @property
-    def num_decoded(self) -> int:
-        """Units that are computed with at the same time: the last batches of one, the first of the next."""
-        return self.ring_slots - 1
-
-    @property
-    def device_bytes(self) -> int:
-        decoded = self.num_decoded * self.decoded_bytes + self.scratch_bytes
-        return self.ring_slots * self.device_slot_bytes + decoded
-
-    @property
-    def host_bytes(self) -> int:
-        return _STAGING_SLOTS * self.host_slot_bytes
-
-
-def buffers_for(inventory: Inventory, tiers: Mapping[str, Tier], *, ring_slots: int) -> WeightBuffers:
-    """The buffers that a placement of the weights needs."""
-
-    def largest(sizes: Iterator[int]) -> int:
-        return max(sizes, default=0)
-
-    def part(unit: tuple[StoredTensor, ...], *away: Tier) -> int:
-        return sum(aligned(each.stored_bytes) for each in unit if tiers[each.name] in away)
-
-    return WeightBuffers(
-        ring_slots=ring_slots,
-        device_slot_bytes=largest(part(unit, "host", "disk") for unit in inventory.units),
-        host_slot_bytes=largest(part(unit, "disk") for unit in inventory.units),
-        decoded_bytes=largest(sum(aligned(each.decoded_bytes) for each in unit) for unit in inventory.units),
-        scratch_bytes=largest(each.scratch_bytes for unit in inventory.units for each in unit),
-    )
 
 
 class WeightStore:
@@ -121,7 +77,7 @@ class WeightStore:
             pinned=pinned,
         )
         self._ring = [self._device_slab.take(buffers.device_slot_bytes) for _ in range(ring_slots)]
-        self._staging = [self._host_slab.take(buffers.host_slot_bytes) for _ in range(_STAGING_SLOTS)]
+        self._staging = [self._host_slab.take(buffers.host_slot_bytes) for _ in range(STAGING_SLOTS)]
         self._decoded = [self._device_slab.take(buffers.decoded_bytes) for _ in range(buffers.num_decoded)]
         self._homes: dict[str, Tensor] = {}
         self._known_seats: dict[tuple[int, int, int], list[_Seat]] = {}
