@@ -223,6 +223,18 @@ def test_without_a_compiler_the_result_is_the_same_to_rounding(kind, shared, win
     assert torch.equal(scene.region, expected)
 
 
+@pytest.mark.usefixtures("_no_kernel")
+@pytest.mark.parametrize("place", ["cache=device", "cache=host attention=host", "cache=disk attention=host"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"], indirect=True)
+def test_without_a_compiler_jobs_answer_as_transformers_does_and_keep_their_promises(
+    place, family, requests, expected, start_engine, answers_of, force_shape, check_promises
+):
+    force_shape(slots=2, batches=2)
+    with start_engine(family, place=["weights=host", place]) as engine:
+        assert answers_of(engine, requests) == expected(family)
+        check_promises(engine)
+
+
 @needs_compiler
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_number_of_threads_changes_no_bit(kind):

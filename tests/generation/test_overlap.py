@@ -18,8 +18,8 @@ PLACES = {
     "crossing-from-disk": "weights=device cache=disk attention=device",
     "mixed": "weights=device:0.3,host:0.4,disk:0.3 cache=device:0.34,host:0.33,disk:0.33 " + HALF,
 }
-# Slots in a batch, batches. Five sequences wait, so the last two refill their slots.
-SHAPES = ((2, 3), (1, 4), (1, 2))
+# Slots in a batch, batches. Five sequences wait, so the second refills a slot.
+SHAPES = ((2, 3), (1, 4))
 
 
 @pytest.fixture(params=PLACES)
@@ -53,7 +53,7 @@ def test_batches_that_stop_answer_as_transformers_does_and_every_byte_was_predic
             force_shape(slots=slots, batches=batches)
             assert answers_of(engine, requests) == expected(family)
             check_promises(engine)
-            assert max(stops) >= min(2, batches - 1), "several batches were stopped at a time"
+            assert max(stops) >= 2, "several batches were stopped at a time"
 
 
 @pytest.mark.usefixtures("ring_slots")

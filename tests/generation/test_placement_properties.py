@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capstan.errors import UsageError
-from capstan.generation.placement import TIERS, Wish, parse_wish, realised, spread
+from capstan.generation.placement import TIERS, Placement, Wish, parse_wish, realised, spread
 
 sizes_of_tensors = st.lists(st.integers(1, 10**9), min_size=1, max_size=60)
 shares_of_tiers = (
@@ -40,12 +40,35 @@ def test_written_shares_are_read_back(shares):
     assert parse_wish([f"weights={text}"]) == Wish(weights=shares)
 
 
+@given(st.floats(0, 1), st.integers(1, 40))
+def test_the_batches_that_are_attended_on_the_host_are_as_many_as_the_share_says_and_evenly_spread(
+    share, num_batches
+):
+    placement = Placement(weights={}, cache=("host",), activations="device", host_attention=share)
+    on_host = placement.host_batches(num_batches)
+    count = round(share * num_batches)
+    assert len(on_host) == count
+    assert on_host <= set(range(num_batches))
+    for start in range(num_batches):
+        for end in range(start, num_batches + 1):
+            fair = (end - start) * count / num_batches
+            assert abs(len(on_host & set(range(start, end))) - fair) < 1
+
+
+@given(st.floats(0, 1))
+def test_a_written_share_of_attention_is_the_hosts(share):
+    both = f"host:{share!r},device:{1 - share!r}"
+    assert parse_wish([f"attention={both}"]) == Wish(attention=share)
+    assert parse_wish([f"cache=host attention={','.join(reversed(both.split(',')))}"]).attention == share
+
+
 @pytest.mark.parametrize(
     ("words", "wish"),
     [
         ([], Wish()),
         (["cache=host"], Wish(cache={"host": 1.0})),
         (["activations=disk", "attention=host"], Wish(activations="disk", attention=1.0)),
+        (["attention=device"], Wish(attention=0.0)),
         (
             ["weights=disk cache=device:0.5,host:0.5"],
             Wish(weights={"disk": 1.0}, cache={"device": 0.5, "host": 0.5}),
@@ -68,6 +91,9 @@ def test_parts_may_come_in_one_word_or_in_several_and_unnamed_ones_stay_open(wor
         ("cache=", "--place 'cache=' says nothing; write for example cache=host"),
         ("activations=host:1", "no place 'host:1'. Did you mean 'host'"),
         ("attention=disk", "Attention runs on 'device' or 'host', not on 'disk'"),
+        ("attention=host:0.5,disk:0.5", "Attention runs on 'device' or 'host', not on 'disk'"),
+        ("attention=host:0.5,device:0.4", "attention: the shares .* add up to 0.9; they must be at least 0"),
+        ("attention=half", "no place 'half'"),
         ("weights=device:0.5,host", "weights: '' in 'host' is not a number; write device:0.3"),
         ("cache=device:half,host:0.5", "cache: 'half' in 'device:half' is not a number"),
         ("weights=device:0.5,host:0.6", "weights: the shares .* add up to 1.1; they must be at least 0"),

@@ -132,6 +132,26 @@ def test_a_mixed_program_is_solved_like_by_brute_force(problem):
     assert problem.total_cost(solution) == pytest.approx(expected, abs=TOLERANCE)
 
 
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_a_relaxed_program_is_never_worse_than_the_best_in_whole_numbers(problem):
+    best = min(map(problem.total_cost, filter(problem.is_satisfied, problem.assignments())), default=None)
+    try:
+        relaxed = problem.program().minimise(problem.cost, relaxed=True)
+    except DoesNotFit:
+        assert best is None
+        return
+    assert problem.is_satisfied(relaxed)
+    assert best is None or problem.total_cost(relaxed) <= best + TOLERANCE
+
+
+def test_a_relaxed_program_goes_between_whole_numbers():
+    program = _one_variable()
+    program.at_most({"x": 2}, 5)
+    assert program.minimise({"x": -1}) == {"x": 2.0}
+    assert program.minimise({"x": -1}, relaxed=True) == {"x": 2.5}
+
+
 def test_the_relative_gap_and_the_time_limit_reach_the_solver(monkeypatch):
     given_options = {}
 
