@@ -38,6 +38,7 @@ FLOORS = [
     {"transport", "storage"},
     SYSTEMS,
     {"cli"},
+    {"__main__"},
 ]
 FLOOR_OF = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from capstan.errors import CapstanError, DoesNotFit
-from capstan.generation import Engine, Request, job, kv_cache
+from capstan.generation import Engine, Request, kv_cache, outcomes
 from capstan.generation.batching import Length
 from capstan.generation.job import Progress
 from capstan.generation.kv_cache import KeyValueCache
@@ -417,7 +417,7 @@ FAULTS: dict[str, tuple[object, str, str]] = {
     "reading cache": (DiskSlab, "read", OVER_DISK + "host:0.5,device:0.5"),
     "writing cache": (DiskSlab, "write", OVER_DISK + "host"),
     "reading weights": (Checkpoint, "read", OVER_DISK + "host:0.5,device:0.5"),
-    "logits": (job, "choose", OVER_DISK + "host:0.5,device:0.5"),
+    "logits": (outcomes, "choose", OVER_DISK + "host:0.5,device:0.5"),
 }
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from capstan.cli.progress import Report, show_progress
+from capstan.cli.ranks import Ranks
 from capstan.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def generate(
     would happen first:
 
         capstan generate --model DIR --input prompts.jsonl --device-memory 8GiB --explain
+
+    Under torchrun the layers are divided over the ranks, each with its own device and memory.
     """
     # Imported here: torch and transformers take seconds, which `capstan --help` need not.
     from capstan.generation.batch_job import lengths_of, open_journal, prefix_of, read_batch, run_batch
@@ -142,6 +145,8 @@ def generate(
             place=place or (),
         )
         batch = read_batch(input_file, planner.model, max_tokens=max_tokens, shard=share)
+    ranks = Ranks(planner.model)
+    errors.quiet = not ranks.is_first  # from here on, the first rank speaks for all
     _report_bad_lines(batch, errors)
     if explain:
         if not batch.requests:
@@ -149,12 +154,12 @@ def generate(
             raise InputError(f"{asked} has no request that can be answered: nothing to plan.")
         wanted = batch.requests
         plan = planner.plan(lengths_of(wanted), prefix=prefix_of(wanted, planner)).plan
-        as_object = {"verb": "generate", "plan": plan.to_dict(), "trace": None}
-        typer.echo(json.dumps(as_object) if as_json else explain_plan(plan))
+        as_object = {"verb": "generate", "plan": plan.to_dict(), "trace": None} | ranks.accounts(plan, None)
+        ranks.say(json.dumps(as_object) if as_json else ranks.one_after_another(explain_plan(plan)))
         return
 
     def show_plan(opening: "JobPlan") -> None:
-        typer.echo(explain_plan(opening.plan), err=as_json)
+        ranks.say(ranks.one_after_another(explain_plan(opening.plan)), err=as_json)
 
     assert output is not None
     with open_journal(batch, output, planner.model, overwrite=overwrite) as journal:
@@ -173,11 +178,11 @@ def generate(
                 on_progress=watch.generated,
             )
     if as_json:
-        typer.echo(json.dumps(_as_json(report, output, share)))
+        ranks.say(json.dumps(_as_json(report, output, share) | ranks.accounts(report.plan, report.trace)))
         return
     if report.plan is not None and report.trace is not None:
-        typer.echo(compare(report.plan, report.trace))
-    typer.echo(_summary(report, output))
+        ranks.say(ranks.one_after_another(compare(report.plan, report.trace)))
+    ranks.say(_summary(report, output))
 
 
 def quieten_transformers() -> None:

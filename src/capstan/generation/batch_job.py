@@ -19,6 +19,7 @@ from capstan.generation.journal import Journal
 from capstan.generation.model import Model
 from capstan.generation.planner import JobPlan, Planner
 from capstan.generation.prefixes import shared_prefix
+from capstan.generation.rank_journal import FollowedJournal, open_together
 from capstan.plans import Plan, Trace
 
 _SAMPLE_BYTES = 256
@@ -88,8 +89,11 @@ def prefix_of(requests: Sequence[BatchRequest], planner: Planner) -> int:
     return shared_prefix(asked) if planner.shares_prefixes else 0
 
 
-def open_journal(batch: BatchFile, output: Path, model: Model, *, overwrite: bool) -> Journal:
-    """The output file, ready to be appended to; see `Journal` for when it refuses."""
+def open_journal(
+    batch: BatchFile, output: Path, model: Model, *, overwrite: bool
+) -> Journal | FollowedJournal:
+    """The output file, ready to be appended to; see `Journal` for when it refuses. Of several ranks, the
+    first has it."""
     codecs = {tensor.codec.name for unit in model.inventory.units for tensor in unit}
     job = {
         "input": batch.digest,
@@ -99,7 +103,11 @@ def open_journal(batch: BatchFile, output: Path, model: Model, *, overwrite: boo
         "weights": sorted(codecs),
         "cache": sorted({layout.codec.name for layout in model.formats}),
     }
-    return Journal(output, job, overwrite=overwrite)
+
+    def open_here() -> Journal:
+        return Journal(output, job, overwrite=overwrite)
+
+    return open_here() if model.stage is None else open_together(model.stage.group, batch.digest, open_here)
 
 
 def _fingerprint(model: Model) -> str:
@@ -116,7 +124,7 @@ def _fingerprint(model: Model) -> str:
 
 def run_batch(
     batch: BatchFile,
-    journal: Journal,
+    journal: Journal | FollowedJournal,
     planner: Planner,
     device: torch.device,
     *,
@@ -151,7 +159,7 @@ def run_batch(
 def _answer(
     waiting: Sequence[BatchRequest],
     engine: Engine,
-    journal: Journal,
+    journal: Journal | FollowedJournal,
     *,
     created: int,
     on_progress: OnProgress | None,

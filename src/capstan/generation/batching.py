@@ -13,6 +13,7 @@ Nothing here knows a tensor: the planner runs the same code on lengths alone to 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from typing import NamedTuple
 
 PREFIX_SLOT = -1
@@ -41,11 +42,27 @@ class BatchShape:
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
     """The batches of a block, the most prompt tokens that pass through a layer at a time, and how many
-    tokens all sequences begin with."""
+    tokens all sequences begin with.
+
+    The batches go through the layers in `waves`, each of which brings the weights anew: where layers are
+    divided over several ranks, each rank is at another wave.
+    """
 
     batches: tuple[BatchShape, ...]
     chunk_tokens: int
     prefix: int = 0
+    waves: int = 1
+
+    def wave(self, number: int) -> range:
+        """The batches of a wave."""
+        count = len(self.batches)
+        return range(count * number // self.waves, count * (number + 1) // self.waves)
+
+    @property
+    def slots_at_once(self) -> int:
+        """Slots of the largest wave."""
+        waves = [self.wave(number) for number in range(self.waves)]
+        return max(sum(self.batches[batch].slots for batch in wave) for wave in waves)
 
     @property
     def num_slots(self) -> int:
@@ -56,7 +73,8 @@ class BlockShape:
         if self.num_slots <= 1:
             return None
         if len(self.batches) > 1:
-            return replace(self, batches=self.batches[: len(self.batches) // 2])
+            half = len(self.batches) // 2
+            return replace(self, batches=self.batches[:half], waves=min(self.waves, half))
         batch = self.batches[0]
         return replace(self, batches=(replace(batch, slots=batch.slots // 2),))
 
@@ -145,18 +163,29 @@ class Block:
         running = [seat.sequence for seats in self._seats for seat in seats if seat is not None]
         return sorted([*running, *self._queue])
 
-    def sweep(self) -> list[BatchWork]:
-        """The work of the next sweep, batch by batch; empty when all is done. Counts it as done."""
+    def turns(self) -> Iterator[list[BatchWork]]:
+        """Sweeps over one wave after the other, empty ones where a wave has nothing to do, until all is done.
+
+        Before a wave's next sweep, those of its sequences that have ended must have been reported.
+        """
+        num_idle = 0
+        for wave in cycle(range(self.shape.waves)):
+            works = self.sweep(wave)
+            num_idle = 0 if works else num_idle + 1
+            if num_idle == self.shape.waves:
+                return
+            yield works
+
+    def sweep(self, wave: int = 0) -> list[BatchWork]:
+        """The work of a wave's next sweep, batch by batch; empty when all is done. Counts it as done."""
         if not self._has_prefix and self._queue:
             self._has_prefix = True
             work = Work(sequence=self._queue[-1], slot=PREFIX_SLOT, start=0, count=self.shape.prefix)
             return [BatchWork(0, (Chunk(is_prefill=True, works=(work,)),))]
-        self._admit()
-        return [
-            BatchWork(index, chunks)
-            for index, seats in enumerate(self._seats)
-            if (chunks := tuple(self._chunks(seats)))
-        ]
+        batches = self.shape.wave(wave)
+        self._admit(batches)
+        works = [BatchWork(index, tuple(self._chunks(self._seats[index]))) for index in batches]
+        return [work for work in works if work.chunks]
 
     def advance(self) -> list[int]:
         """Sequences that have just generated their last token; their slots are free."""
@@ -183,12 +212,13 @@ class Block:
                 if seat is not None and seat.sequence in gone:
                     seats[slot] = None
 
-    def _admit(self) -> None:
-        for batch, seats in zip(self.shape.batches, self._seats, strict=True):
+    def _admit(self, batches: Sequence[int]) -> None:
+        for index in batches:
+            seats = self._seats[index]
             for slot, seat in enumerate(seats):
                 if seat is None and self._queue:
                     length = self.lengths[self._queue[-1]]
-                    if length.cached <= batch.capacity:
+                    if length.cached <= self.shape.batches[index].capacity:
                         seats[slot] = _Seat(self._queue.pop(), length, self.shape.prefix)
 
     def _chunks(self, seats: list[_Seat | None]) -> Iterator[Chunk]:

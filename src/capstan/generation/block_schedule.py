@@ -27,6 +27,7 @@ from capstan.generation.activations import Activations
 from capstan.generation.anatomy import Anatomy
 from capstan.generation.attention import prefill_attention
 from capstan.generation.batching import BatchWork, Chunk, Work
+from capstan.generation.exchange import Exchange
 from capstan.generation.kv_cache import KeyValueCache
 from capstan.generation.skeleton import LayerCall, Skeleton
 from capstan.generation.weights import WeightStore
@@ -55,6 +56,17 @@ class Pick(NamedTuple):
 
     sequence: int
     position: int
+
+
+def picks_of(work: BatchWork, positions_of: "PositionsOf") -> list[tuple[Pick, int]]:
+    """The places of a batch whose logits are wanted, each with its row in the batch's hidden states."""
+    picks: list[tuple[Pick, int]] = []
+    start = 0
+    for each in (each for chunk in work.chunks for each in chunk.works):
+        first = start - each.start
+        picks += [(Pick(each.sequence, position), first + position) for position in positions_of(each)]
+        start += each.count
+    return picks
 
 
 TokensOf = Callable[[Work], Sequence[int]]
@@ -97,6 +109,7 @@ class BlockSchedule:
         activations: Activations,
         *,
         cache: KeyValueCache | None,
+        exchange: Exchange | None,
         logit_rows: int,
         device: torch.device,
         ledger: Ledger,
@@ -104,6 +117,7 @@ class BlockSchedule:
     ) -> None:
         self._skeleton, self._anatomy = skeleton, anatomy
         self._weights, self._activations, self._cache = weights, activations, cache
+        self._exchange = exchange  # with the ranks that have the layers before and after
         self._logit_rows, self._device, self._ledger = logit_rows, device, ledger
         self._stopwatch = stopwatch
         # Hidden states that rest elsewhere have room on the device for two batches only.
@@ -132,6 +146,8 @@ class BlockSchedule:
         self._skeleton.attend_with(self._attend)  # each time: another job may have run in between
         visits = zigzag(self._skeleton.num_layers, [work.batch for work in works])
         self._weights.expect(sweeps=1 if is_last else 2)
+        if self._exchange is not None:
+            self._exchange.begin()
         self._activations.begin({work.batch: _num_tokens(work) for work in works})
         if self._cache is not None:
             self._cache.begin(works)
@@ -149,9 +165,13 @@ class BlockSchedule:
         except BaseException:
             self._abandon()
             raise
-        head = self._take(self._skeleton.num_layers)[self._skeleton.head]
+        last_unit = self._take(self._skeleton.num_layers)
         for batch in batches.values():
-            self._back(batch, head, positions_of, on_logits)
+            hidden = self._activations.take(batch.work.batch)
+            if self._exchange is None or self._exchange.has_back:
+                self._back(batch, hidden, last_unit[self._skeleton.head], positions_of, on_logits)
+            else:
+                self._exchange.send(hidden)
         self._weights.release()
 
     # --- passages ----------------------------------------------------------------------------------------
@@ -215,18 +235,27 @@ class BlockSchedule:
 
     def _front(self, work: BatchWork, tokens_of: TokensOf) -> _Batch:
         hidden = self._activations.blank(work.batch)
+        starts_here = self._exchange is None or self._exchange.has_front
         calls, start = [], 0
         for chunk in work.chunks:
             tokens = torch.tensor([token for each in chunk.works for token in tokens_of(each)])
             positions = torch.cat([torch.arange(each.start, each.end) for each in chunk.works])
-            rows = self._weights.rows(tokens, self._ledger)
+            rows = self._weights.rows(tokens, self._ledger) if starts_here else self._no_rows(len(tokens))
             with self._stopwatch.time(DEVICE_COMPUTE):
                 output = self._skeleton.front(rows, positions.to(self._device), self._weights.rest)
-                hidden[start : start + chunk.num_tokens] = output.hidden[0]
+                if starts_here:
+                    hidden[start : start + chunk.num_tokens] = output.hidden[0]
             calls.append(output.calls)
             start += chunk.num_tokens
+        if self._exchange is not None and not starts_here:
+            self._exchange.receive(hidden)
         self._activations.put(work.batch, hidden)
         return _Batch(work, calls)
+
+    def _no_rows(self, count: int) -> Tensor:
+        """In place of the input embedding's rows, for a front that is run for the layers' arguments alone."""
+        width = self._skeleton.embedding_width
+        return torch.zeros((), dtype=self._skeleton.compute_dtype, device=self._device).expand(count, width)
 
     def _compute(self, passage: _Passage, batch: _Batch) -> None:
         visit = passage.visit
@@ -238,21 +267,16 @@ class BlockSchedule:
             passage.stop_clock()
         self._activations.put(visit.batch, hidden)
 
-    def _back(self, batch: _Batch, head: Tensor, positions_of: PositionsOf, on_logits: OnLogits) -> None:
-        picks, rows, start = [], [], 0
-        for chunk in batch.work.chunks:
-            for work in chunk.works:
-                for position in positions_of(work):
-                    picks.append(Pick(work.sequence, position))
-                    rows.append(start + position - work.start)
-                start += work.count
-        hidden = self._activations.take(batch.work.batch)
-        for first in range(0, len(picks), self._logit_rows):
-            some = slice(first, first + self._logit_rows)
+    def _back(
+        self, batch: _Batch, hidden: Tensor, head: Tensor, positions_of: PositionsOf, on_logits: OnLogits
+    ) -> None:
+        wanted = picks_of(batch.work, positions_of)
+        for first in range(0, len(wanted), self._logit_rows):
+            some = wanted[first : first + self._logit_rows]
             with self._stopwatch.time(DEVICE_COMPUTE):
-                index = torch.tensor(rows[some], device=self._device)
+                index = torch.tensor([row for _, row in some], device=self._device)
                 logits = self._skeleton.back(hidden[index][None], self._weights.rest, head)
-            on_logits(picks[some], logits)
+            on_logits([pick for pick, _ in some], logits)
 
     # --- attention, called from inside transformers' layers ----------------------------------------------
 

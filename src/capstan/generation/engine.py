@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 
@@ -25,7 +25,7 @@ from capstan.hardware import Machine
 from capstan.plans import Plan, Trace
 from capstan.storage import Checkpoint, DiskSlab, SlabKeeper
 from capstan.storage.slab import aligned
-from capstan.transport import Ledger
+from capstan.transport import Group, Ledger
 
 # What an engine is opened for when nobody says: enough sequences that the block is not the limit.
 USUAL_LENGTHS = (Length(prompt=512, new=128),) * 64
@@ -79,6 +79,7 @@ class Engine:
         share_prefixes: bool = True,
         machine: Machine | None = None,
         checkpoint: Checkpoint | None = None,
+        group: Group | Literal["auto"] | None = "auto",
     ) -> Self:
         """Open a model folder in Hugging Face format, plan, and bring the weights to their places.
 
@@ -96,6 +97,9 @@ class Engine:
             share_prefixes: whether tokens that all prompts of a job begin with are computed and stored once.
             machine: measured rates; None takes this machine's cached profile, or probes it for some seconds.
             checkpoint: where weights come from, if not from `folder`.
+            group: the ranks over which the layers are divided, all of which must call this and then ask the
+                same of their engines; "auto" for torch's default group, or torchrun's, if there is one; None
+                for this process alone.
 
         Raises:
             InputError, UnsupportedModel: the folder does not hold a model that this engine can run.
@@ -115,6 +119,7 @@ class Engine:
             share_prefixes=share_prefixes,
             machine=machine,
             checkpoint=checkpoint,
+            group=group,
         )
         opening = planner.plan(lengths, prefix=prefix if share_prefixes else 0)
         return cls.start(planner, opening, torch_device, disk_folder=Path(disk) if disk else None)

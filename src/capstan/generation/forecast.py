@@ -14,7 +14,7 @@ computes:
     device + host attention + copies, or disk if that is longer
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from capstan.generation.block_schedule import DEVICE_COMPUTE
 from capstan.generation.kv_cache import HOST_ATTENTION
 from capstan.generation.model import Model
 from capstan.generation.placement import Placement, Tier
+from capstan.generation.rank_traffic import rank_links_s, rank_traffic
 from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE, HOST_TO_DISK
 from capstan.hardware import Machine
 from capstan.plans import Phase, Traffic
@@ -48,6 +49,7 @@ class SweepSize(NamedTuple):
     prefix_tokens: int = 0  # of the prefix, if this sweep computes it
     chunks: int = 0
     prompt_square: int = 0  # scores of prompts, for attention's arithmetic
+    waves: int = 1  # times that the weights are brought
 
 
 def size_of(works: Sequence[BatchWork], on_host: frozenset[int], prefix: int) -> SweepSize:
@@ -87,12 +89,10 @@ def weights_traffic(model: Model, placement: Placement) -> Traffic:
 
 def sweep_traffic(model: Model, placement: Placement, size: SweepSize, *, keeps_cache: bool) -> Traffic:
     """Bytes that one sweep moves, by link and content."""
-    parts = [weights_traffic(model, placement)]
-    parts.append(
-        _in_from(
-            placement.weights[model.inventory.table.name], "weights", size.tokens * model.inventory.row_bytes
-        )
-    )
+    parts, inventory = [size.waves * weights_traffic(model, placement)], model.inventory
+    if inventory.holds_table:
+        rows = size.tokens * inventory.row_bytes
+        parts.append(_in_from(placement.weights[inventory.table.name], "weights", rows))
     if keeps_cache:
         for layout, tier in zip(model.formats, placement.cache, strict=True):
             if tier == "device":
@@ -142,11 +142,12 @@ def sweep_busy_s(
     device, host = machine.device("device"), machine.device("host")
     rate = flops_rate(model, machine)
     flops = sum(layer.flops_per_token for layer in model.anatomy.layers) * size.tokens
-    flops += 2 * model.inventory.head.spec.num_elements * max(size.decoding, size.chunks)
+    head = sum(each.spec.num_elements for each in model.inventory.units[-1])
+    flops += 2 * head * max(size.decoding, size.chunks)
     weight_bytes = sum(each.computed_bytes for unit in model.inventory.units for each in unit)
     # A unit's weights are read from device memory by every chunk, and written once when they are decoded.
     touched = size.chunks * weight_bytes
-    touched += 2 * sum(each.decoded_bytes for unit in model.inventory.units for each in unit)
+    touched += 2 * size.waves * sum(each.decoded_bytes for unit in model.inventory.units for each in unit)
     on_device = on_host = layers_on_host = 0
     for layout, tier in zip(model.formats, placement.cache, strict=True):
         flops += 2 * size.prompt_square * layout.geometry.num_query_heads * layout.geometry.key_size
@@ -205,7 +206,7 @@ class _Sum:
     traffic: list[Traffic] = field(default_factory=list)
     num_tokens: int = 0
 
-    def add(self, busy_s: dict[str, float], seconds: float, traffic: Traffic, num_tokens: int) -> None:
+    def add(self, busy_s: Mapping[str, float], seconds: float, traffic: Traffic, num_tokens: int) -> None:
         self.seconds += seconds
         for name, spent in busy_s.items():
             self.busy_s[name] = self.busy_s.get(name, 0.0) + spent
@@ -238,16 +239,50 @@ def forecast(
 
     A phase's `num_tokens` counts generated tokens.
     """
+    return phases_of(play(model, placement, shape, lengths, rates, keeps_cache=keeps_cache))
+
+
+def play(
+    model: Model,
+    placement: Placement,
+    shape: BlockShape,
+    lengths: Sequence[Length],
+    rates: Rates,
+    *,
+    keeps_cache: bool = True,
+) -> Iterator[Phase]:
+    """Every sweep of a job, as a phase by itself; one that takes nothing where a wave has nothing to do."""
     block = Block(shape, lengths)
-    sums = {PREFILL: _Sum(), DECODE: _Sum()}
     on_host = placement.host_batches(len(shape.batches))
-    while works := block.sweep():
+    for works in block.turns():
+        if not works:
+            yield Phase(name=DECODE, seconds=0.0)
+            continue
         size = size_of(works, on_host, shape.prefix)
         traffic = sweep_traffic(model, placement, size, keeps_cache=keeps_cache)
         busy_s = sweep_busy_s(model, placement, size, traffic, rates)
+        seconds = wall_s(busy_s, placement, size, rates.machine)
+        if model.stage is not None:
+            passing = rank_traffic(
+                model.stage, works, hidden_bytes=model.hidden_bytes, keeps_cache=keeps_cache
+            )
+            traffic, busy_s = traffic + passing, busy_s | rank_links_s(model.stage, passing)
         chunks = [chunk for work in works for chunk in work.chunks]
-        name = PREFILL if any(chunk.is_prefill for chunk in chunks) else DECODE
         num_new = sum(not work.is_prefix for chunk in chunks for work in chunk.works) if keeps_cache else 0
-        sums[name].add(busy_s, wall_s(busy_s, placement, size, rates.machine), traffic, num_new)
+        yield Phase(
+            name=PREFILL if any(chunk.is_prefill for chunk in chunks) else DECODE,
+            seconds=seconds,
+            busy_s=busy_s,
+            traffic=traffic,
+            num_tokens=num_new,
+        )
         block.advance()
+
+
+def phases_of(sweeps: Iterable[Phase]) -> tuple[Phase, ...]:
+    """Sweeps of the same name put together."""
+    sums = {PREFILL: _Sum(), DECODE: _Sum()}
+    for sweep in sweeps:
+        if sweep.traffic.links or sweep.busy_s:
+            sums[sweep.name].add(sweep.busy_s, sweep.seconds, sweep.traffic, sweep.num_tokens)
     return tuple(part.phase(name) for name, part in sums.items() if part.traffic)

@@ -1,7 +1,7 @@
 """The tensors of a model as they rest and travel: codec, bytes at rest, bytes when decoded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
 
@@ -78,15 +78,28 @@ def decoding_scratch_bytes(
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
-    """All tensors by role. `units[i]` is what layer i needs; the last unit is the head."""
+    """All tensors by role. `units[i]` is what layer i needs; the last unit is the head.
+
+    A part of a model has some of its layers, the first of them being layer `first_layer`; its last unit is
+    empty where the head is elsewhere, and `holds_table` says whether the input embedding is here.
+    """
 
     units: tuple[tuple[StoredTensor, ...], ...]
     table: StoredTensor
     rest: tuple[StoredTensor, ...]
+    first_layer: int = 0
+    holds_table: bool = True
 
     @property
-    def head(self) -> StoredTensor:
-        return self.units[-1][0]
+    def head(self) -> StoredTensor | None:
+        """The output matrix, if it is here."""
+        return self.units[-1][0] if self.units[-1] else None
+
+    def part(self, first: int, end: int) -> "Inventory":
+        """Layers `first` up to, not including, `end`; the ends with table and head."""
+        head = self.units[-1] if end == self.num_layers else ()
+        units = (*self.units[first:end], head)
+        return replace(self, units=units, first_layer=first, holds_table=first == 0)
 
     @property
     def num_layers(self) -> int:
@@ -95,7 +108,8 @@ class Inventory:
     @cached_property
     def placeable(self) -> Mapping[str, StoredTensor]:
         """Every tensor that has a place of its own, in the order in which a sweep needs them."""
-        ordered = [self.table, *(tensor for unit in self.units for tensor in unit)]
+        table = [self.table] if self.holds_table else []
+        ordered = [*table, *(tensor for unit in self.units for tensor in unit)]
         return {tensor.name: tensor for tensor in ordered}
 
     @cached_property
@@ -105,8 +119,8 @@ class Inventory:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of the input embedding at rest."""
-        return self.table.stored_bytes // self.table.spec.shape[0]
+        """Bytes of one row of the input embedding at rest; none where it is elsewhere."""
+        return self.table.stored_bytes // self.table.spec.shape[0] if self.holds_table else 0
 
 
 def take_inventory(

@@ -2,8 +2,9 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,16 +14,26 @@ from torch import Tensor
 from capstan.errors import DoesNotFit
 from capstan.generation.activations import Activations
 from capstan.generation.batching import BatchWork, Block, BlockShape, Length, Work
-from capstan.generation.block_schedule import BlockSchedule, Pick
+from capstan.generation.block_schedule import BlockSchedule, Pick, picks_of
+from capstan.generation.exchange import Exchange, outbox_bytes
 from capstan.generation.forecast import DECODE, PREFILL
 from capstan.generation.kv_cache import KeyValueCache, Lanes
-from capstan.generation.memory import demand_of, extent_of
+from capstan.generation.measured import Measured
+from capstan.generation.memory import Extent, demand_of, extent_of
 from capstan.generation.model import Model
+from capstan.generation.outcomes import (
+    Form,
+    Outcome,
+    from_values,
+    num_values,
+    outcomes_of,
+    take_over,
+    to_values,
+)
 from capstan.generation.planner import JobPlan
-from capstan.generation.sampling import choose, logprobs_of
 from capstan.generation.sequences import Sequence as Growing
 from capstan.generation.weights import WeightStore
-from capstan.plans import Phase, Traffic
+from capstan.plans import Phase
 from capstan.storage import DiskSlab, SlabKeeper
 from capstan.storage.live_bytes import LiveBytes
 from capstan.transport import Lane, Ledger, Stopwatch
@@ -46,29 +57,13 @@ OnProgress = Callable[[Progress], None]
 
 
 @dataclass
-class Measured:
-    """What a job's sweeps were seen to take, phase by phase."""
+class _Turn:
+    """A sweep over one wave: where logits are wanted, and what came of them if they were found here."""
 
-    phases: dict[str, Phase] = field(default_factory=dict)
-    workspace_bytes: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, phase: Phase) -> None:
-        """Add a sweep to its phase."""
-        known = self.phases.get(phase.name)
-        if known is not None:
-            busy_s = {
-                name: known.busy_s.get(name, 0.0) + phase.busy_s.get(name, 0.0)
-                for name in {*known.busy_s, *phase.busy_s}
-            }
-            phase = Phase(
-                name=phase.name,
-                seconds=known.seconds + phase.seconds,
-                busy_s=busy_s,
-                traffic=known.traffic + phase.traffic,
-                num_tokens=known.num_tokens + phase.num_tokens,
-            )
-        self.phases[phase.name] = phase
+    phase: str
+    picks: list[Pick]
+    outcomes: list[Outcome] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
 
 
 class Job:
@@ -107,12 +102,12 @@ class Job:
                 yield from self._run_block(shape)
                 return
             except (torch.OutOfMemoryError, _NoRoom) as error:
-                smaller = shape.halved()
+                smaller = shape.halved() if self._model.stage is None else None  # ranks keep in step
                 if smaller is None:
                     if error.__cause__ is not None:
                         raise error.__cause__ from None
                     raise DoesNotFit(
-                        f"{self._device} ran out of memory with a single sequence: {error}. "
+                        f"{self._device} ran out of memory with {_slots_text(shape)}: {error}. "
                         "Lower --device-memory, or end what else runs there."
                     ) from error
                 note = f"out of memory with {shape.num_slots} slots; went on with {smaller.num_slots}"
@@ -133,11 +128,18 @@ class Job:
         lengths = [sequence.length for sequence in waiting]
         block = Block(shape, lengths)
         with _Resources(self, shape, lengths) as resources:
-            while works := block.sweep():
-                ended = self._sweep(resources, works, waiting, block)
-                block.finish(ended)
+            under_way: deque[_Turn | None] = deque()
+            for works in block.turns():
+                under_way.append(self._sweep(resources, works, waiting, block) if works else None)
                 block.advance()
-                yield from self._deliver([waiting[index] for index in ended])
+                # A wave's outcomes are wanted for its next turn; meanwhile other ranks are at its last one.
+                turn = under_way.popleft() if len(under_way) == shape.waves else None
+                if turn is not None:
+                    self._settle(turn, resources, waiting)
+                    block.finish(turn.ended)
+                    if self._on_progress is not None:
+                        self._on_progress(self._progress(block.num_running))
+                    yield from self._deliver([waiting[index] for index in turn.ended])
 
     def _deliver(self, sequences: Sequence[Growing]) -> Iterator[Growing]:
         """Yield those that are over, each once."""
@@ -148,33 +150,54 @@ class Job:
 
     def _sweep(
         self, resources: "_Resources", works: list[BatchWork], waiting: list[Growing], block: Block
-    ) -> list[int]:
-        """Compute a sweep; returns which sequences are over."""
-        ended: list[int] = []
-        before, start_s = (self._ledger.traffic, self._ledger.busy_s), time.perf_counter()
-        generated_before = self._num_generated
+    ) -> _Turn:
+        """Compute a sweep."""
+        has_prompts = any(chunk.is_prefill for work in works for chunk in work.chunks)
+
+        def positions_of(work: Work) -> range:
+            return self._positions(work, waiting[work.sequence])
+
+        picks = [pick for work in works for pick, _ in picks_of(work, positions_of)]
+        turn = _Turn(PREFILL if has_prompts else DECODE, picks)
 
         def on_logits(picks: Sequence[Pick], logits: Tensor) -> None:
-            ended.extend(self._take_logits(picks, logits.float(), waiting))
+            outcomes = outcomes_of(picks, logits.float(), waiting, generates=self._keeps_cache)
+            turn.outcomes.extend(outcomes)
+            turn.ended.extend(self._take_over(picks, outcomes, waiting))
 
-        with self._watching(works) as live:
+        with self._watching(works) as live, self._measuring(turn.phase):
             resources.schedule.sweep(
                 works,
                 tokens_of=lambda work: [
                     waiting[work.sequence].token(at) for at in range(work.start, work.end)
                 ],
-                positions_of=lambda work: self._positions(work, waiting[work.sequence]),
+                positions_of=positions_of,
                 on_logits=on_logits,
                 is_last=not block.goes_on,
             )
+            if resources.exchange is not None and resources.exchange.has_back:
+                resources.exchange.tell(to_values(turn.outcomes))
             resources.settle()
         if live is not None:
             self.measured.workspace_bytes = max(self.measured.workspace_bytes, live.peak_bytes)
         self._num_sweeps += 1
-        self._measure(works, before, time.perf_counter() - start_s, self._num_generated - generated_before)
-        if self._on_progress is not None:
-            self._on_progress(self._progress(block.num_running - len(ended)))
-        return ended
+        return turn
+
+    def _settle(self, turn: _Turn, resources: "_Resources", waiting: list[Growing]) -> None:
+        """Where the outcomes of a turn were found elsewhere, hear them."""
+        if resources.exchange is None or resources.exchange.has_back:
+            return
+        form = Form(self._keeps_cache, self._model.skeleton.vocabulary_size)
+        with self._measuring(turn.phase):
+            values = resources.exchange.hear(num_values(turn.picks, waiting, form))
+            turn.outcomes = from_values(values, turn.picks, waiting, form)
+            turn.ended = self._take_over(turn.picks, turn.outcomes, waiting)
+
+    def _take_over(
+        self, picks: Sequence[Pick], outcomes: Sequence[Outcome], waiting: list[Growing]
+    ) -> list[int]:
+        self._num_generated += sum(outcome.token is not None for outcome in outcomes)
+        return take_over(picks, outcomes, waiting)
 
     def _positions(self, work: Work, sequence: Growing) -> range:
         """Where logits are wanted: at the last token, or at every one of a prompt that is to be scored."""
@@ -184,48 +207,6 @@ class Job:
             first = 0 if not sequence.prompt_logprobs else work.end - 1
             return range(first, work.end)
         return range(work.end - 1, work.end)
-
-    def _take_logits(self, picks: Sequence[Pick], logits: Tensor, waiting: list[Growing]) -> list[int]:
-        """Turn logits into log-probabilities of the prompt, and into next tokens."""
-        is_inside = [pick.position < len(waiting[pick.sequence].prompt) - 1 for pick in picks]
-        inside = [row for row, within in enumerate(is_inside) if within]
-        if inside:
-            self._score(
-                logits[inside] if len(inside) < len(picks) else logits,
-                [picks[row] for row in inside],
-                waiting,
-            )
-        if not self._keeps_cache:
-            ended = [
-                pick.sequence for pick in picks if pick.position == len(waiting[pick.sequence].prompt) - 1
-            ]
-            for index in ended:
-                waiting[index].finish_reason = "length"
-            return ended
-        last = [row for row, within in enumerate(is_inside) if not within]
-        if not last:
-            return []
-        return self._extend(logits[last] if inside else logits, [picks[row] for row in last], waiting)
-
-    def _score(self, logits: Tensor, picks: Sequence[Pick], waiting: list[Growing]) -> None:
-        following = [waiting[pick.sequence].prompt[pick.position + 1] for pick in picks]
-        counts = [waiting[pick.sequence].request.prompt_logprobs or 0 for pick in picks]
-        for pick, scored in zip(picks, logprobs_of(logits, following, counts), strict=True):
-            waiting[pick.sequence].prompt_logprobs.append(scored)
-
-    def _extend(self, logits: Tensor, picks: Sequence[Pick], waiting: list[Growing]) -> list[int]:
-        sequences = [waiting[pick.sequence] for pick in picks]
-        tokens = choose(logits, [sequence.draw for sequence in sequences]).tolist()
-        wanting = [row for row, sequence in enumerate(sequences) if sequence.request.logprobs is not None]
-        if wanting:
-            counts = [sequences[row].request.logprobs or 0 for row in wanting]
-            scored = logprobs_of(logits[wanting], [tokens[row] for row in wanting], counts)
-            for row, entry in zip(wanting, scored, strict=True):
-                sequences[row].logprobs.append(entry)
-        for sequence, token in zip(sequences, tokens, strict=True):
-            sequence.append(token)
-        self._num_generated += len(tokens)
-        return [pick.sequence for pick, each in zip(picks, sequences, strict=True) if each.finish_reason]
 
     def note_memory(self, *, device: int, host: int) -> None:
         """A block has taken so much memory apart from weights and workspace."""
@@ -244,18 +225,19 @@ class Job:
         self._largest_sweep = (max(tokens, self._largest_sweep[0]), max(rows, self._largest_sweep[1]))
         return LiveBytes()
 
-    def _measure(
-        self, works: list[BatchWork], before: tuple[Traffic, dict[str, float]], seconds: float, num_new: int
-    ) -> None:
-        traffic, busy_s = self._ledger.traffic, self._ledger.busy_s
-        has_prompts = any(chunk.is_prefill for work in works for chunk in work.chunks)
+    @contextmanager
+    def _measuring(self, phase: str) -> Iterator[None]:
+        """Add to a phase what happens inside."""
+        ledger, start_s, num_before = self._ledger, time.perf_counter(), self._num_generated
+        traffic, busy_s = ledger.traffic, ledger.busy_s
+        yield
         self.measured.add(
             Phase(
-                name=PREFILL if has_prompts else DECODE,
-                seconds=seconds,
-                busy_s={name: spent - before[1].get(name, 0.0) for name, spent in busy_s.items()},
-                traffic=traffic - before[0],
-                num_tokens=num_new,
+                name=phase,
+                seconds=time.perf_counter() - start_s,
+                busy_s={name: spent - busy_s.get(name, 0.0) for name, spent in ledger.busy_s.items()},
+                traffic=ledger.traffic - traffic,
+                num_tokens=self._num_generated - num_before,
             )
         )
 
@@ -268,6 +250,10 @@ class Job:
             num_running=num_running,
             seconds=time.perf_counter() - self._start_s,
         )
+
+
+def _slots_text(shape: BlockShape) -> str:
+    return "a single sequence" if shape.num_slots == 1 else f"{shape.num_slots} sequences"
 
 
 class _NoRoom(Exception):
@@ -344,8 +330,10 @@ class _Resources:
             lane_out=hidden_out,
         )
         self._stack.callback(activations.close)
+        self.exchange = self._exchange(extent)
+        sent_bytes = self.exchange.device_bytes if self.exchange else 0
         job.note_memory(
-            device=activations.device_bytes + (cache.device_bytes if cache else 0),
+            device=activations.device_bytes + sent_bytes + (cache.device_bytes if cache else 0),
             host=activations.host_bytes + (cache.host_bytes if cache else 0),
         )
         self._stopwatch = Stopwatch(ledger, device)
@@ -355,11 +343,28 @@ class _Resources:
             job._weights,
             activations,
             cache=cache,
+            exchange=self.exchange,
             logit_rows=job._plan.logit_rows,
             device=device,
             ledger=ledger,
             stopwatch=self._stopwatch,
         )
+
+    def _exchange(self, extent: Extent) -> Exchange | None:
+        """The way to the other ranks, if there are any."""
+        job, model = self._job, self._job._model
+        if model.stage is None:
+            return None
+        sweep_bytes = extent.sweep_tokens * model.hidden_bytes
+        exchange = Exchange(
+            model.stage,
+            outbox_bytes=outbox_bytes(model.stage, sweep_bytes=sweep_bytes),
+            waves=self._shape.waves,
+            device=job._device,
+            ledger=job._ledger,
+        )
+        self._stack.callback(exchange.close)
+        return exchange
 
     def settle(self) -> None:
         """Wait for what is on its way, and book its time."""
@@ -369,8 +374,10 @@ class _Resources:
         self._job._weights.settle()
         self._stopwatch.settle()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         try:
+            if self.exchange is not None and kind is None:
+                self.exchange.finish()
             self._job._weights.forget()
         finally:
             for lane in self._lanes:

@@ -21,6 +21,7 @@ from capstan.generation.activations import activation_buffers
 from capstan.generation.attention import workspace_bytes
 from capstan.generation.batching import BlockShape, Length
 from capstan.generation.cache_buffers import cache_buffers, prefix_bytes, region_bytes
+from capstan.generation.exchange import outbox_bytes
 from capstan.generation.host_attention import reads_in_place, scratch_bytes
 from capstan.generation.kv_cache import ROWS_IN_FLIGHT
 from capstan.generation.model import Model
@@ -57,7 +58,7 @@ def extent_of(shape: BlockShape, lengths: Sequence[Length]) -> Extent:
     most_slots = max(batch.slots for batch in shape.batches)
     batch_tokens = max(shape.prefix, sum(prompts[:most_slots]))
     return Extent(
-        sweep_tokens=max(shape.prefix, sum(prompts[: shape.num_slots])),
+        sweep_tokens=max(shape.prefix, sum(prompts[: shape.slots_at_once])),
         batch_tokens=batch_tokens,
         chunk_tokens=min(
             max(shape.chunk_tokens, prompts[0], shape.prefix, most_slots), max(batch_tokens, most_slots)
@@ -126,6 +127,9 @@ def demand_of(
         "KV cache": cached("device"),
         "buffers for arriving cache": cache.device_bytes if keeps_cache else 0,
         "hidden states": hidden.device_bytes,
+        "hidden states for the next rank": outbox_bytes(
+            model.stage, sweep_bytes=extent.sweep_tokens * model.hidden_bytes
+        ),
         "layer arguments": extent.sweep_tokens * model.anatomy.call_bytes_per_token,
         "stopped batches": shape.num_slots * _stopped_bytes(model, placement) if keeps_cache else 0,
         "workspace": workspace_of(model, placement, shape, extent, logit_rows=logit_rows),

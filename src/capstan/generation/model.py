@@ -1,7 +1,7 @@
 """A model as the planner and the engine see it: structure, facts, bytes; no weights yet."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from capstan.generation.checkpoint_map import Sources, map_checkpoint
 from capstan.generation.inventory import Inventory, cache_codec, take_inventory
 from capstan.generation.row_format import RowFormat
 from capstan.generation.skeleton import Skeleton, open_skeleton
+from capstan.generation.stage import Stage
 from capstan.storage import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Model:
     formats: tuple[RowFormat, ...]
     tokenizer: Any
     stop_tokens: frozenset[int]
+    stage: Stage | None = None  # of a part of a model: whose part it is
 
     @property
     def num_layers(self) -> int:
@@ -45,6 +47,18 @@ class Model:
     def hidden_bytes(self) -> int:
         """Bytes of one token's hidden states."""
         return self.skeleton.hidden_size * self.skeleton.compute_dtype.itemsize
+
+    def part(self, stage: Stage) -> "Model":
+        """What a stage holds of the model."""
+        skeleton = self.skeleton.part(stage.first, stage.end)
+        return replace(
+            self,
+            skeleton=skeleton,
+            anatomy=Anatomy(skeleton),
+            inventory=self.inventory.part(stage.first, stage.end),
+            formats=self.formats[stage.first : stage.end],
+            stage=stage,
+        )
 
 
 def open_model(

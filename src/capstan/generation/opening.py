@@ -1,7 +1,9 @@
-"""Opening a model: where it will compute, in what, within which budgets; no weight is read."""
+"""Opening: from a folder, budgets and rates to a planner; no weight is read."""
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -11,9 +13,12 @@ from capstan.generation.host_attention import reading_rate
 from capstan.generation.model import dominant_dtype, open_model
 from capstan.generation.placement import Tier, parse_wish
 from capstan.generation.planner import Planner
+from capstan.generation.rank_planner import rank_planner
 from capstan.hardware import Machine, this_machine
 from capstan.plans import parse_bytes
 from capstan.storage import Checkpoint
+from capstan.transport import Group
+from capstan.transport.group import join
 
 
 def plan_for(
@@ -30,22 +35,32 @@ def plan_for(
     share_prefixes: bool = True,
     machine: Machine | None = None,
     checkpoint: Checkpoint | None = None,
+    group: Group | Literal["auto"] | None = "auto",
 ) -> tuple[Planner, torch.device]:
-    """A planner for a model folder, without reading a weight; the arguments are those of `Engine.open`."""
+    """A planner for a model folder, without reading a weight; the arguments are those of `Engine.open`.
+
+    In a group of several ranks it is for this rank's layers.
+    """
+    ranks = join(_device(device).type) if group == "auto" else group
     torch_device = _device(device)
-    probed = this_machine(device=torch_device.type) if machine is None else None
+    here = _ranks_here(ranks)
+    probed = _probed(torch_device.type, ranks, here) if machine is None else None
     machine = machine or probed
     assert machine is not None
     checkpoint = checkpoint or Checkpoint(_existing(Path(folder)))
+    dtype = dtype or _fastest_dtype(dominant_dtype(checkpoint), machine)
+    if ranks is not None:  # the first rank's choice: one model is computed in one dtype
+        dtype = getattr(torch, ranks.share(str(dtype).removeprefix("torch.")))
     model = open_model(
         Path(folder),
         device_type=torch_device.type,
-        dtype=dtype or _fastest_dtype(dominant_dtype(checkpoint), machine),
+        dtype=dtype,
         weight_bits=weight_bits,
         cache_bits=cache_bits,
         checkpoint=checkpoint,
     )
-    budgets = _budgets(machine, torch_device, device_memory, host_memory, Path(disk) if disk else None)
+    scratch = Path(disk) if disk else None
+    budgets = _budgets(machine, torch_device, device_memory, host_memory, scratch, sharing=len(here))
     rate = None if probed is None else min(reading_rate(layout) for layout in set(model.formats))
     planner = Planner(
         model=model,
@@ -55,7 +70,27 @@ def plan_for(
         shares_prefixes=share_prefixes,
         host_attention_bytes_per_s=rate,
     )
+    if ranks is not None:
+        planner = rank_planner(planner, ranks, torch_device, probes=probed is not None)
     return planner, torch_device
+
+
+def _ranks_here(group: Group | None) -> list[int]:
+    """The ranks on this machine, which share its host memory."""
+    if group is None:
+        return [0]
+    names = group.gather(socket.gethostname())
+    return [rank for rank, name in enumerate(names) if name == names[group.rank]]
+
+
+def _probed(device_type: str, group: Group | None, here: list[int]) -> Machine:
+    """This machine's profile; of several ranks on it, one probes while the others wait."""
+    if group is None:
+        return this_machine(device=device_type)
+    if group.rank == here[0]:
+        this_machine(device=device_type)
+    group.gather(None)
+    return this_machine(device=device_type)
 
 
 def _existing(folder: Path) -> Path:
@@ -88,8 +123,10 @@ def _budgets(
     device_memory: str | int | None,
     host_memory: str | int | None,
     disk: Path | None,
+    *,
+    sharing: int = 1,
 ) -> dict[Tier, int]:
-    host_free = machine.device("host").memory_bytes
+    host_free = machine.device("host").memory_bytes / sharing
     if device.type == "cuda":
         shares = (0.9 * machine.device("device").memory_bytes, 0.8 * host_free)
     else:  # the two share one memory
@@ -101,5 +138,5 @@ def _budgets(
     }
     if disk is not None:
         existing = next(parent for parent in (disk, *disk.absolute().parents) if parent.exists())
-        budgets["disk"] = psutil.disk_usage(str(existing)).free
+        budgets["disk"] = psutil.disk_usage(str(existing)).free // sharing
     return budgets

@@ -111,6 +111,7 @@ class _Build:
             rows_read_on_host=int(0.9 * sum(batch.slots * (batch.capacity - prefix) for batch in hosted)),
             prefix_rows=prefix,
             chunks=len(batches),
+            waves=given.shape.waves,
         )
 
     def _fixed_bytes(self) -> dict[Tier, int]:
@@ -157,6 +158,7 @@ class _Build:
         """Tensors by kind, and the two rings through which they stream: a slot holds the largest unit's
         streamed part, a layer's or the head's."""
         inventory, program = self.given.model.inventory, self.program
+        head = inventory.head.name if inventory.head else None
         slots: dict[str, dict[bool, Terms]] = {name: {True: {}, False: {}} for name in ("device", "host")}
         for kind, tensors in self.kinds.items():
             size, total = aligned(tensors[0].stored_bytes), len(tensors)
@@ -164,11 +166,11 @@ class _Build:
             self.use["device"][names["device"]] = size
             self.use["host"][names["host"]] = size
             self.use["disk"][names["disk"]] = 0 if tensors[0].is_as_in_checkpoint else size
-            if kind == inventory.table.name != inventory.head.name:  # only its rows ever move
+            if kind == inventory.table.name != head:  # only its rows ever move
                 self._stream(names, self.size.tokens * inventory.row_bytes)
                 continue
-            self._stream(names, size)
-            is_head = kind == inventory.head.name
+            self._stream(names, size * self.size.waves)
+            is_head = kind == head
             away = self._whether_any(f"{kind} streams", [names["host"], names["disk"]], total)
             slots["device"][is_head][away] = size
             read = self._whether_any(f"{kind} is read", [names["disk"]], total)
@@ -297,9 +299,10 @@ def _whole(counts: Mapping[Tier, float]) -> dict[Tier, int]:
 
 def _kinds(model: Model) -> dict[str, list[StoredTensor]]:
     """Tensors that differ only in their layer, by their name within it; table and head by their own."""
-    kinds: dict[str, list[StoredTensor]] = {model.inventory.table.name: [model.inventory.table]}
-    kinds.setdefault(model.inventory.head.name, [model.inventory.head])
-    for index, unit in enumerate(model.inventory.units[:-1]):
+    inventory = model.inventory
+    alone = [inventory.table] if inventory.holds_table else []
+    kinds = {each.name: [each] for each in (*alone, *inventory.units[-1])}
+    for index, unit in enumerate(inventory.units[:-1], inventory.first_layer):
         for tensor in unit:
             local = tensor.name.split(f".{index}.", 1)[1]
             kinds.setdefault(f"{local} {tensor.spec.shape} {tensor.codec.name}", []).append(tensor)

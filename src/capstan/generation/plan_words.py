@@ -15,6 +15,7 @@ def choices_of(
     sizes = [each.stored_bytes for each in tensors]
     first = shape.batches[0]
     choices = [
+        *_layers_choice(model, shape),
         Choice(
             name="block",
             value=f"{len(shape.batches)} x {first.slots} sequences of up to {first.capacity} tokens",
@@ -52,3 +53,16 @@ def _attention_choice(placement: Placement, num_batches: int) -> Choice:
 def _prefix_choice(shape: BlockShape) -> list[Choice]:
     reason = "all prompts begin with the same tokens: computed and stored once"
     return [Choice(name="prefix", value=f"{shape.prefix} tokens", reason=reason)] if shape.prefix else []
+
+
+def _layers_choice(model: Model, shape: BlockShape) -> list[Choice]:
+    stage = model.stage
+    if stage is None:
+        return []
+    return [
+        Choice(
+            name=f"rank {stage.group.rank} of {stage.group.size}",
+            value=f"layers {stage.first} to {stage.end - 1} of {stage.num_layers}",
+            reason=f"{shape.waves} waves of batches are at different ranks at the same time",
+        )
+    ]

@@ -32,7 +32,7 @@ from capstan.generation.placement_program import Given, solve_placement
 from capstan.generation.plan_words import choices_of
 from capstan.generation.weights import HOST_TO_DEVICE
 from capstan.hardware import Machine
-from capstan.plans import Plan, bytes_text
+from capstan.plans import Phase, Plan, bytes_text
 
 Budgets = Mapping[Tier, int]
 _CHUNK_TOKENS = {"cuda": 4096, "cpu": 1024}
@@ -134,10 +134,13 @@ class Planner:
                     best = exact
         if best is None:
             raise self._smallest_demand_error(job)
+        return self._job_plan(best, job)
+
+    def _job_plan(self, best: _Candidate, job: _Job) -> JobPlan:
         return JobPlan(
             plan=self._written(best.placement, best.shape, job),
-            lengths=tuple(lengths),
-            prefix=prefix,
+            lengths=tuple(job.lengths),
+            prefix=job.prefix,
             placement=best.placement,
             shape=best.shape,
             logit_rows=self._logit_rows,
@@ -166,16 +169,15 @@ class Planner:
         return max(job.prefix, max(length.prompt for length in job.lengths) - job.prefix)
 
     def _rough_candidates(self, job: _Job) -> Iterator[_Candidate]:
-        """Every block that fits, with the largest chunk of prompts with which it does."""
+        for shape in self._shapes(job):
+            yield from self._rough_candidates_of(job, shape)
+
+    def _rough_candidates_of(self, job: _Job, shape: BlockShape) -> list[_Candidate]:
+        """A block, if it fits, with the largest chunk of prompts with which it does."""
         longest = self._longest(job)
-        for full in self._shapes(job):
-            shape = full
-            while True:
-                found = list(self._shares(job, shape))
-                yield from found
-                if found or shape.chunk_tokens == longest:
-                    break
-                shape = replace(shape, chunk_tokens=max(longest, shape.chunk_tokens // 4))
+        while not (found := list(self._shares(job, shape))) and shape.chunk_tokens > longest:
+            shape = replace(shape, chunk_tokens=max(longest, shape.chunk_tokens // 4))
+        return found
 
     def _shares(self, job: _Job, shape: BlockShape) -> Iterator[_Candidate]:
         """Placements of a block: the offloaded cache attended on the host, and, if that takes longer than
@@ -309,6 +311,7 @@ class Planner:
             rows_read_on_host=int(share * rows),
             prefix_rows=job.prefix,
             chunks=num_batches,
+            waves=shape.waves,
         )
 
     def _busy_s(self, placement: Placement, size: SweepSize, *, keeps_cache: bool = True) -> dict[str, float]:
@@ -333,6 +336,7 @@ class Planner:
             chunks=max(len(shape.batches), -(-tokens // shape.chunk_tokens)),
             prefix_rows=job.prefix,
             prompt_square=int(slots * mean_prompt * (mean_prompt + 2 * job.prefix)),
+            waves=shape.waves,
         )
         # Sequences of one block end together only if they are equally long; a sweep more covers the rest.
         decode_sweeps = max(rounds * (mean_new - 1), max(length.new for length in lengths) - 1)
@@ -370,7 +374,6 @@ class Planner:
 
     def _written(self, placement: Placement, shape: BlockShape, job: _Job) -> Plan:
         model, lengths, demand = self.model, job.lengths, self._demand(placement, shape, job)
-        phases = forecast(model, placement, shape, lengths, self.rates, keeps_cache=job.keeps_cache)
         bits = model.inventory.stored_bytes * 8 / max(1, model.num_parameters)
         return Plan(
             system="generation",
@@ -378,10 +381,13 @@ class Planner:
             f"{len(lengths):,} sequences",
             machine=self.machine.name,
             choices=choices_of(model, placement, shape, keeps_cache=job.keeps_cache),
-            phases=phases,
+            phases=self._phases(placement, shape, job),
             peak_bytes={tier: demand.on(tier) for tier in TIERS if demand.on(tier)},
             budget_bytes={tier: size for tier, size in self.budgets.items() if size},
         )
+
+    def _phases(self, placement: Placement, shape: BlockShape, job: _Job) -> tuple[Phase, ...]:
+        return forecast(self.model, placement, shape, job.lengths, self.rates, keeps_cache=job.keeps_cache)
 
 
 def _powers(most: int) -> list[int]:

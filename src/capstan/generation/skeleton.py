@@ -15,6 +15,7 @@ padded; attention is ours (`attention.py`) and knows where each sequence lies.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,7 +117,8 @@ class Skeleton:
         self.head = self.table if self.is_tied else head
         self.head_parameter = head
         self._attend: Any = None
-        self._embedding_width = int(self.state[self.table].shape[1])
+        self._run = slice(None)  # of the model's layers, those that are here
+        self.embedding_width = int(self.state[self.table].shape[1])
 
     @property
     def num_layers(self) -> int:
@@ -134,6 +136,18 @@ class Skeleton:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of hidden states."""
         return self.state[self.table].dtype
+
+    def part(self, first: int, end: int) -> "Skeleton":
+        """The same model with its layers from `first` up to, not including, `end` only. The two share their
+        modules: only one of them can compute."""
+        _ = self.rest  # found out while all layers are known
+        part = copy(self)
+        part._run = slice(first, end)
+        part.layers = self.layers[first:end]
+        part._layer_prefixes = self._layer_prefixes[first:end]
+        part._sockets = self._sockets[first:end]
+        part._attend = None
+        return part
 
     def layer_tensors(self, index: int) -> list[TensorSpec]:
         """What layer `index` needs, by full name."""
@@ -187,7 +201,7 @@ class Skeleton:
                 local,
                 kwargs={"input_ids": tokens[None], "position_ids": positions[None], "use_cache": False},
             )
-        return FrontOutput(calls[0][0], [call for _, call in calls])
+        return FrontOutput(calls[0][0], [call for _, call in calls[self._run]])
 
     @contextmanager
     def equipped(self, index: int, weights: Weights) -> Iterator[None]:
@@ -217,7 +231,7 @@ class Skeleton:
 
     def back(self, hidden: Tensor, rest: Weights, head: Tensor) -> Tensor:
         """Run everything after the last layer: `[1, tokens, hidden]` to logits `[tokens, vocabulary]`."""
-        width = self._embedding_width
+        width = self.embedding_width
         embeddings = hidden.new_zeros(1, hidden.shape[1], width)
         positions = torch.zeros(1, hidden.shape[1], dtype=torch.long, device=hidden.device)
         weights = {**rest, self.head_parameter: head}

@@ -1,0 +1,31 @@
+"""What a job was seen to take."""
+
+from dataclasses import dataclass, field
+
+from capstan.plans import Phase
+
+
+@dataclass
+class Measured:
+    """What a job's sweeps were seen to take, phase by phase."""
+
+    phases: dict[str, Phase] = field(default_factory=dict)
+    workspace_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, phase: Phase) -> None:
+        """Add a sweep to its phase."""
+        known = self.phases.get(phase.name)
+        if known is not None:
+            busy_s = {
+                name: known.busy_s.get(name, 0.0) + phase.busy_s.get(name, 0.0)
+                for name in {*known.busy_s, *phase.busy_s}
+            }
+            phase = Phase(
+                name=phase.name,
+                seconds=known.seconds + phase.seconds,
+                busy_s=busy_s,
+                traffic=known.traffic + phase.traffic,
+                num_tokens=known.num_tokens + phase.num_tokens,
+            )
+        self.phases[phase.name] = phase

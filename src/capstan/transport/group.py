@@ -1,0 +1,202 @@
+"""A group of ranks: processes, on one machine or many, that work on one job together.
+
+Small values pass as JSON, tensors as they are: through gloo from host memory, through NCCL from a GPU.
+Every wait is bounded, and its error names the rank that did not answer.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from capstan.errors import DeviceError, TimeoutExpired
+
+PATIENCE_S = 600.0
+_WORDS, _TENSORS = 1, 2  # tags: values and tensors do not meet each other on their way
+_POLL_S = 5e-5
+_GLANCE_S = 0.3  # how long to look whether a rank is still there
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Transfer:
+    """A tensor on its way to or from another rank; it must be left alone until `wait` has returned."""
+
+    def __init__(self, group: "Group", work: Any, peer: int, tensor: Tensor) -> None:
+        self._group, self._work, self._peer, self._tensor = group, work, peer, tensor
+
+    def wait(self) -> None:
+        """Block until the tensor has been taken over, or is there.
+
+        Raises:
+            DeviceError: the other rank is gone.
+            TimeoutExpired: it did not answer within the group's patience.
+        """
+        try:
+            if self._tensor.is_cuda:
+                self._wait_for_device()
+            else:
+                self._work.wait(timedelta(seconds=self._group.patience_s))
+        except RuntimeError as error:
+            raise self._group.loss_of(self._peer, error) from error
+
+    def _wait_for_device(self) -> None:
+        """NCCL's own waits hold the device, not the host, and end the process when they expire."""
+        until_s = time.monotonic() + self._group.patience_s
+        while not self._work.is_completed():
+            if time.monotonic() > until_s:
+                raise RuntimeError("Timed out")
+            time.sleep(_POLL_S)
+        self._work.wait()
+
+
+class Group:
+    """This process among others: it is number `rank` of `size`.
+
+    Args:
+        process_group: torch's group whose members these are; None for torch's default group.
+        device_type: "cuda" if tensors of GPUs will pass.
+        patience_s: how long one wait for another rank may take.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        device_type: str = "cpu",
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        members = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+        self.rank, self.size = members.index(dist.get_rank()), len(members)
+        self.patience_s = patience_s
+
+        # Groups of our own: what else the program sends through its group never meets what passes here.
+        def own(backend: str) -> Any:
+            patience = timedelta(seconds=patience_s)
+            return dist.new_group(members, backend=backend, timeout=patience, use_local_synchronization=True)
+
+        self._host = own("gloo")
+        self._device = own("nccl") if device_type == "cuda" else None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+    @property
+    def others(self) -> list[int]:
+        """The other ranks."""
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    # --- tensors -----------------------------------------------------------------------------------------
+
+    def send(self, tensor: Tensor, target: int) -> Transfer:
+        """Start to send a tensor, which the other rank must `receive`; returns at once."""
+        return self._start(dist.isend, tensor, "group_dst", target, _TENSORS)
+
+    def receive(self, tensor: Tensor, source: int) -> Transfer:
+        """Start to receive a tensor of known shape and dtype into `tensor`; returns at once."""
+        return self._start(dist.irecv, tensor, "group_src", source, _TENSORS)
+
+    def _start(self, start: Callable[..., Any], tensor: Tensor, end: str, peer: int, tag: int) -> Transfer:
+        group = self._device if tensor.is_cuda else self._host
+        try:
+            return Transfer(self, start(tensor, group=group, tag=tag, **{end: peer}), peer, tensor)
+        except RuntimeError as error:
+            raise self.loss_of(peer, error) from error
+
+    # --- values ------------------------------------------------------------------------------------------
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank gave, in their order, on every rank, if JSON can hold it. All must call it."""
+        if not self.is_first:
+            self._tell(value, 0)
+            return list(self._hear(0))
+        values = [value, *(self._hear(rank) for rank in self.others)]
+        return list(self.share(values))
+
+    def share(self, value: Any) -> Any:
+        """What rank 0 gave, on every rank. All must call it; only rank 0's value matters."""
+        if not self.is_first:
+            return self._hear(0)
+        for rank in self.others:
+            self._tell(value, rank)
+        return value
+
+    def _tell(self, value: Any, target: int) -> None:
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        for part in (torch.tensor([data.numel()]), data):
+            self._start(dist.isend, part, "group_dst", target, _WORDS).wait()
+
+    def _hear(self, source: int) -> Any:
+        size = torch.zeros(1, dtype=torch.long)
+        self._start(dist.irecv, size, "group_src", source, _WORDS).wait()
+        data = torch.empty(int(size), dtype=torch.uint8)
+        self._start(dist.irecv, data, "group_src", source, _WORDS).wait()
+        return json.loads(bytes(data.numpy()))
+
+    # --- losses ------------------------------------------------------------------------------------------
+
+    def loss_of(self, peer: int, error: RuntimeError) -> DeviceError | TimeoutExpired:
+        """What to raise when waiting for `peer` ended with `error`: names the ranks that are gone.
+
+        After a loss the group is of no further use: a receive that was given up closes its connection.
+        """
+        if "imed out" in str(error):
+            return TimeoutExpired(
+                f"Rank {peer} of {self.size} did not answer rank {self.rank} within {self.patience_s:.0f} s. "
+                "See what it printed last, and start all ranks again."
+            )
+        gone = sorted({peer, *(rank for rank in self.others if rank != peer and not self._is_there(rank))})
+        names = f"Rank {gone[0]} is" if len(gone) == 1 else f"Ranks {', '.join(map(str, gone))} are"
+        return DeviceError(
+            f"{names} gone, of {self.size}: the connection to rank {self.rank} was closed. "
+            "See what was printed there last, and start all ranks again."
+        )
+
+    def _is_there(self, rank: int) -> bool:
+        """Whether a connection is open: a receive that nothing answers ends at once where it is not."""
+        try:
+            work = dist.irecv(torch.empty(1), group=self._host, tag=0, group_src=rank)
+            assert work is not None
+            work.wait(timedelta(seconds=_GLANCE_S))
+        except RuntimeError as error:
+            return "imed out" in str(error)
+        return True
+
+
+def join(device_type: str, *, patience_s: float = PATIENCE_S) -> Group | None:
+    """The group that this process was started in: torch's default group, or else the one that torchrun names
+    in the environment; None for a process that is alone."""
+    if not dist.is_available():
+        return None
+    if not dist.is_initialized():
+        if not all(os.environ.get(name) for name in _ENVIRONMENT) or os.environ["WORLD_SIZE"] == "1":
+            return None
+        if device_type == "cuda":
+            _take_own_device()
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience_s))
+    return _default_group(device_type, patience_s) if dist.get_world_size() > 1 else None
+
+
+def _take_own_device() -> None:
+    """Of this machine's GPUs, the one for this rank."""
+    own, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if own >= count:
+        raise DeviceError(f"Rank {own} of this machine has no GPU of its own: there are {count}.")
+    torch.cuda.set_device(own)
+
+
+@cache
+def _default_group(device_type: str, patience_s: float) -> Group:
+    return Group(device_type=device_type, patience_s=patience_s)

@@ -1,0 +1,95 @@
+"""`capstan generate` as torchrun starts it: a process for each rank, one output; one of them may die."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capstan.cli import main
+
+# A rank that waits for a dead one is told by the closed connection, at once; the rest is a busy machine's.
+PATIENCE_S = 60
+
+
+@pytest.fixture
+def start_ranks(environment: Mapping[str, str]) -> Iterator[Callable[..., list["subprocess.Popen[str]"]]]:
+    """`start_ranks("generate", …)`: two ranks, with the variables that torchrun sets."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start_ranks(*words: str) -> list["subprocess.Popen[str]"]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "capstan", *words],
+                env={**environment, **world, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        processes.extend(ranks)
+        return ranks
+
+    yield start_ranks
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def _wait_for_lines(output: Path, count: int) -> None:
+    until_s = time.monotonic() + PATIENCE_S
+    while not output.exists() or len(output.read_text().splitlines()) < count:
+        assert time.monotonic() < until_s, "no answer was written"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_when_a_rank_dies_the_others_end_naming_it_and_the_same_command_goes_on(
+    model: Path,
+    environment: Mapping[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    start_ranks: Callable[..., list["subprocess.Popen[str]"]],
+    write_requests: Callable[..., None],
+    read_lines: Callable[[Path], list[dict[str, Any]]],
+    tmp_path: Path,
+    victim: int,
+) -> None:
+    requests, output, alone = (tmp_path / name for name in ("requests.jsonl", "out.jsonl", "alone.jsonl"))
+    write_requests(requests, 40, lambda index: 20 + (11 * index) % 81)
+    command = ["generate", "--model", str(model), "--input", str(requests), "--device", "cpu"]
+    command += ["--device-memory", "4MiB", "--host-memory", "2MiB", "--place", "cache=host weights=host"]
+    ranks = start_ranks(*command, "--output", str(output))
+    _wait_for_lines(output, 3)
+    ranks[victim].send_signal(signal.SIGKILL)
+    survivor = ranks[1 - victim]
+    _, errors = survivor.communicate(timeout=PATIENCE_S)
+    assert survivor.returncode == 1
+    assert f"Rank {victim} is gone, of 2" in errors
+    assert 3 <= len(output.read_text().splitlines()) < 40
+
+    first, second = start_ranks(*command, "--output", str(output), "--json")
+    told, errors = first.communicate(timeout=PATIENCE_S)
+    assert first.returncode == 0, errors
+    assert "are answered already; going on with the rest" in errors
+    assert second.communicate(timeout=PATIENCE_S) == ("", "")
+    assert second.returncode == 0
+    accounts = json.loads(told)["ranks"]
+    for account in accounts:
+        assert account["trace"]["bytes"] == account["plan"]["bytes"]
+    assert accounts[0]["plan"]["bytes"]["rank0->rank1"] == accounts[1]["plan"]["bytes"]["rank0->rank1"]
+
+    monkeypatch.setenv("CAPSTAN_CACHE", environment["CAPSTAN_CACHE"])
+    assert main([*command, "--output", str(alone)]) == 0
+    answers = {line["custom_id"]: line for line in read_lines(output)}
+    assert len(read_lines(output)) == len(answers) == 40
+    assert answers == {line["custom_id"]: line for line in read_lines(alone)}
