@@ -30,7 +30,7 @@ def main() -> None:
     for case in world["cases"]:
         folder = case["folder"]
         if folder not in planners:
-            planners[folder] = plan_for(folder, machine=machine, device="cpu")[0]
+            planners[folder] = plan_for(folder, machine=machine, device="cpu", group="auto")[0]
         slots, batches = case.get("shape", (0, 0))
 
         def forced(_: Planner, job: Any, slots: int = slots, batches: int = batches) -> Any:

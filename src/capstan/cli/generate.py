@@ -143,6 +143,7 @@ def generate(
             weight_bits=weight_bits,
             cache_bits=cache_bits,
             place=place or (),
+            group="auto",
         )
         batch = read_batch(input_file, planner.model, max_tokens=max_tokens, shard=share)
     ranks = Ranks(planner.model)

@@ -79,7 +79,7 @@ class Engine:
         share_prefixes: bool = True,
         machine: Machine | None = None,
         checkpoint: Checkpoint | None = None,
-        group: Group | Literal["auto"] | None = "auto",
+        group: Group | Literal["auto"] | None = None,
     ) -> Self:
         """Open a model folder in Hugging Face format, plan, and bring the weights to their places.
 

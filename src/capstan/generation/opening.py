@@ -35,7 +35,7 @@ def plan_for(
     share_prefixes: bool = True,
     machine: Machine | None = None,
     checkpoint: Checkpoint | None = None,
-    group: Group | Literal["auto"] | None = "auto",
+    group: Group | Literal["auto"] | None = None,
 ) -> tuple[Planner, torch.device]:
     """A planner for a model folder, without reading a weight; the arguments are those of `Engine.open`.
 
