@@ -184,6 +184,7 @@ class BlockSchedule:
         self._skeleton.equip(layer, self._take(layer))
 
     def _take(self, unit: int) -> dict[str, Tensor]:
+        self._weights.arrive()
         stop_clock = self._stopwatch.start(DEVICE_COMPUTE)
         tensors = self._weights.take(unit)
         stop_clock()

@@ -41,7 +41,7 @@ _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batches and rounds that a
 _MOST_BATCHES = 32
 
 # Blocks whose placements are solved exactly after all were compared roughly.
-_FINALISTS = 4
+FINALISTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class JobPlan:
     logit_rows: int
 
 
-class _Candidate(NamedTuple):
+class Candidate(NamedTuple):
     """A block with a placement, and the job's seconds with it."""
 
     seconds: float
@@ -65,7 +65,7 @@ class _Candidate(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class Task:
     """What is to be planned; what is fixed of it."""
 
     lengths: Sequence[Length]
@@ -123,11 +123,11 @@ class Planner:
         Raises:
             DoesNotFit: not even one sequence at a time fits; says what is missing where.
         """
-        job = _Job(lengths=lengths, opened=opened, keeps_cache=keeps_cache, prefix=prefix)
-        best: _Candidate | None = None
+        job = Task(lengths=lengths, opened=opened, keeps_cache=keeps_cache, prefix=prefix)
+        best: Candidate | None = None
         roughly = sorted(self._rough_candidates(job), key=lambda candidate: candidate.seconds)
         for rank, rough in enumerate(roughly):
-            if rank >= _FINALISTS and best is not None:
+            if rank >= FINALISTS and best is not None:
                 break
             for exact in self._exact_candidates(job, rough):
                 if best is None or exact.seconds < best.seconds:
@@ -136,7 +136,7 @@ class Planner:
             raise self._smallest_demand_error(job)
         return self._job_plan(best, job)
 
-    def _job_plan(self, best: _Candidate, job: _Job) -> JobPlan:
+    def _job_plan(self, best: Candidate, job: Task) -> JobPlan:
         return JobPlan(
             plan=self._written(best.placement, best.shape, job),
             lengths=tuple(job.lengths),
@@ -148,7 +148,7 @@ class Planner:
 
     # --- the outer search --------------------------------------------------------------------------------
 
-    def _shapes(self, job: _Job) -> Iterator[BlockShape]:
+    def _shapes(self, job: Task) -> Iterator[BlockShape]:
         """Blocks that answer the job in a number of equal rounds, in a number of batches."""
         lengths, longest = job.lengths, self._longest(job)
         chunk_tokens = max(longest, _CHUNK_TOKENS["cuda" if self._on_cuda else "cpu"])
@@ -164,22 +164,22 @@ class Planner:
                         seen.add(shape)
                         yield shape
 
-    def _longest(self, job: _Job) -> int:
+    def _longest(self, job: Task) -> int:
         """Tokens that pass through a layer together at least: prompts are not divided."""
         return max(job.prefix, max(length.prompt for length in job.lengths) - job.prefix)
 
-    def _rough_candidates(self, job: _Job) -> Iterator[_Candidate]:
+    def _rough_candidates(self, job: Task) -> Iterator[Candidate]:
         for shape in self._shapes(job):
             yield from self._rough_candidates_of(job, shape)
 
-    def _rough_candidates_of(self, job: _Job, shape: BlockShape) -> list[_Candidate]:
+    def _rough_candidates_of(self, job: Task, shape: BlockShape) -> list[Candidate]:
         """A block, if it fits, with the largest chunk of prompts with which it does."""
         longest = self._longest(job)
         while not (found := list(self._shares(job, shape))) and shape.chunk_tokens > longest:
             shape = replace(shape, chunk_tokens=max(longest, shape.chunk_tokens // 4))
         return found
 
-    def _shares(self, job: _Job, shape: BlockShape) -> Iterator[_Candidate]:
+    def _shares(self, job: Task, shape: BlockShape) -> Iterator[Candidate]:
         """Placements of a block: the offloaded cache attended on the host, and, if that takes longer than
         the link is busy anyway, divided so that the two take equally long."""
         if not job.keeps_cache or self.wish.attention is not None:
@@ -193,7 +193,7 @@ class Planner:
         for share in shares - {1.0}:
             yield from self._solved(job, shape, share, relaxed=True)
 
-    def _balanced_share(self, job: _Job, candidate: _Candidate) -> float:
+    def _balanced_share(self, job: Task, candidate: Candidate) -> float:
         """The share of the batches to be attended on the host for which it takes as long as the link, in a
         decode sweep (FlexGen note, section 4: 1 - x*); a multiple of a batch."""
         num_batches = len(candidate.shape.batches)
@@ -209,25 +209,25 @@ class Planner:
         share = 1 - (attended_s - weights_s) / (attended_s + all_s - weights_s)
         return round(share * num_batches) / num_batches
 
-    def _exact_candidates(self, job: _Job, rough: _Candidate) -> Iterator[_Candidate]:
+    def _exact_candidates(self, job: Task, rough: Candidate) -> Iterator[Candidate]:
         for ring_slots in (2,) if job.opened is not None else (2, 3):
             yield from self._solved(
                 job, rough.shape, rough.placement.host_attention, relaxed=False, ring_slots=ring_slots
             )
 
     def _solved(
-        self, job: _Job, shape: BlockShape, share: float, *, relaxed: bool, ring_slots: int = 2
-    ) -> Iterator[_Candidate]:
+        self, job: Task, shape: BlockShape, share: float, *, relaxed: bool, ring_slots: int = 2
+    ) -> Iterator[Candidate]:
         """The program's placement for a block, with hidden states on the device or else on the host."""
         for activations in (self.wish.activations,) if self.wish.activations else TIERS[:2]:
             placement = self._placed(job, shape, share, activations, relaxed=relaxed, ring_slots=ring_slots)
             if placement is not None:
-                yield _Candidate(self._estimate_s(job, shape, placement), shape, placement)
+                yield Candidate(self._estimate_s(job, shape, placement), shape, placement)
                 return
 
     def _placed(
         self,
-        job: _Job,
+        job: Task,
         shape: BlockShape,
         share: float,
         activations: Tier,
@@ -280,7 +280,7 @@ class Planner:
             return None
         return tuple(spread([layout.row_bytes for layout in self.model.formats], self.wish.cache))
 
-    def _demand(self, placement: Placement, shape: BlockShape, job: _Job) -> Demand:
+    def _demand(self, placement: Placement, shape: BlockShape, job: Task) -> Demand:
         return demand_of(
             self.model,
             placement,
@@ -296,7 +296,7 @@ class Planner:
 
     # --- estimates ---------------------------------------------------------------------------------------
 
-    def _decode_size(self, job: _Job, shape: BlockShape, placement: Placement) -> SweepSize:
+    def _decode_size(self, job: Task, shape: BlockShape, placement: Placement) -> SweepSize:
         """A full block half-way through its answers."""
         slots, num_batches = shape.num_slots, len(shape.batches)
         share = len(placement.host_batches(num_batches)) / num_batches
@@ -318,7 +318,7 @@ class Planner:
         traffic = sweep_traffic(self.model, placement, size, keeps_cache=keeps_cache)
         return sweep_busy_s(self.model, placement, size, traffic, self.rates)
 
-    def _estimate_s(self, job: _Job, shape: BlockShape, placement: Placement) -> float:
+    def _estimate_s(self, job: Task, shape: BlockShape, placement: Placement) -> float:
         """A quick estimate of the job's seconds: full blocks of average sequences."""
         slots, lengths = shape.num_slots, job.lengths
         mean_prompt = sum(length.prompt for length in lengths) / len(lengths) - job.prefix
@@ -345,7 +345,7 @@ class Planner:
 
     # --- words -------------------------------------------------------------------------------------------
 
-    def _smallest_demand_error(self, job: _Job) -> DoesNotFit:
+    def _smallest_demand_error(self, job: Task) -> DoesNotFit:
         """Say what the smallest block lacks where, with everything as far away as it may be."""
         longest = max(job.lengths, key=lambda length: length.cached)
         prompt = max(length.prompt for length in job.lengths)
@@ -372,7 +372,7 @@ class Planner:
             + ". Grant more memory, or name a folder with --disk."
         )
 
-    def _written(self, placement: Placement, shape: BlockShape, job: _Job) -> Plan:
+    def _written(self, placement: Placement, shape: BlockShape, job: Task) -> Plan:
         model, lengths, demand = self.model, job.lengths, self._demand(placement, shape, job)
         bits = model.inventory.stored_bytes * 8 / max(1, model.num_parameters)
         return Plan(
@@ -386,7 +386,7 @@ class Planner:
             budget_bytes={tier: size for tier, size in self.budgets.items() if size},
         )
 
-    def _phases(self, placement: Placement, shape: BlockShape, job: _Job) -> tuple[Phase, ...]:
+    def _phases(self, placement: Placement, shape: BlockShape, job: Task) -> tuple[Phase, ...]:
         return forecast(self.model, placement, shape, job.lengths, self.rates, keeps_cache=job.keeps_cache)
 
 

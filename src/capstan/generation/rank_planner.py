@@ -16,7 +16,7 @@ from capstan.errors import DoesNotFit, UsageError
 from capstan.generation.batching import BlockShape, Length
 from capstan.generation.forecast import phases_of, play
 from capstan.generation.placement import Placement
-from capstan.generation.planner import _FINALISTS, JobPlan, Planner, _Candidate, _Job
+from capstan.generation.planner import FINALISTS, Candidate, JobPlan, Planner, Task
 from capstan.generation.stage import Capacity, Stage, divide, pipelined
 from capstan.hardware import Link
 from capstan.plans import Phase
@@ -47,14 +47,14 @@ class RankPlanner(Planner):
         Raises:
             DoesNotFit: on every rank, if not even one sequence at a time fits on one of them; names it.
         """
-        job = _Job(lengths=lengths, opened=opened, keeps_cache=keeps_cache, prefix=prefix)
+        job = Task(lengths=lengths, opened=opened, keeps_cache=keeps_cache, prefix=prefix)
         shapes = list(self._shapes(job))
         rough = [_fastest(self._rough_candidates_of(job, shape)) for shape in shapes]
         paces = self._paces_s(rough, shapes)
         finalists = sorted((pace, index) for index, pace in enumerate(paces) if pace < inf)
         best, best_s = None, inf
         for place, (_, index) in enumerate(finalists):
-            if place >= _FINALISTS and best is not None:
+            if place >= FINALISTS and best is not None:
                 break
             candidate = rough[index]
             assert candidate is not None
@@ -66,11 +66,11 @@ class RankPlanner(Planner):
             raise self._refusal(job, fits_here=any(rough))
         return self._job_plan(best, job)
 
-    def _shapes(self, job: _Job) -> Iterator[BlockShape]:
+    def _shapes(self, job: Task) -> Iterator[BlockShape]:
         for shape in super()._shapes(job):
             yield replace(shape, waves=min(self.stage.group.size, len(shape.batches)))
 
-    def _paces_s(self, candidates: Sequence[_Candidate | None], shapes: Sequence[BlockShape]) -> list[float]:
+    def _paces_s(self, candidates: Sequence[Candidate | None], shapes: Sequence[BlockShape]) -> list[float]:
         """For each block, the seconds of the job over all ranks; infinite where it does not fit on one."""
         own = [None if candidate is None else candidate.seconds for candidate in candidates]
         ranks = self.stage.group.gather(own)
@@ -79,13 +79,13 @@ class RankPlanner(Planner):
             for shape, seconds in zip(shapes, zip(*ranks, strict=True), strict=True)
         ]
 
-    def _refusal(self, job: _Job, *, fits_here: bool) -> DoesNotFit:
+    def _refusal(self, job: Task, *, fits_here: bool) -> DoesNotFit:
         own = None if fits_here else str(self._smallest_demand_error(job))
         reasons = self.stage.group.gather(own)
         told = [f"Rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
         return DoesNotFit(" ".join(told) or "No block fits on all ranks at once. Grant more memory.")
 
-    def _phases(self, placement: Placement, shape: BlockShape, job: _Job) -> tuple[Phase, ...]:
+    def _phases(self, placement: Placement, shape: BlockShape, job: Task) -> tuple[Phase, ...]:
         """The job played on all ranks: a turn also takes what this rank waits for the others."""
         sweeps = list(
             play(self.model, placement, shape, job.lengths, self.rates, keeps_cache=job.keeps_cache)
@@ -173,5 +173,5 @@ def _echo(group: Group, source: int, device: torch.device) -> None:
             group.send(torch.zeros(1), source).wait()
 
 
-def _fastest(candidates: Iterator[_Candidate] | Sequence[_Candidate]) -> _Candidate | None:
+def _fastest(candidates: Iterator[Candidate] | Sequence[Candidate]) -> Candidate | None:
     return min(candidates, key=lambda candidate: candidate.seconds, default=None)

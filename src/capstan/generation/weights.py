@@ -180,13 +180,17 @@ class WeightStore:
         """Whether the unit that will be taken next is there already."""
         return not self._arriving or all(ticket.is_done for ticket in self._arriving[0].tickets)
 
+    def arrive(self) -> None:
+        """Wait for the unit that will be taken next, without computing anything."""
+        for ticket in self._arriving[0].tickets:
+            ticket.wait()
+
     def take(self, unit: int) -> dict[str, Tensor]:
         """The unit's tensors on the device, ready to compute with until it is released."""
+        self.arrive()
         arrival = self._arriving.popleft()
         assert arrival.unit == unit, "units are taken in the order in which they were expected"
         self._taken.append(arrival)
-        for ticket in arrival.tickets:
-            ticket.wait()
         self._book(arrival)
         buffer = self._num_taken % len(self._decoded)
         self._num_taken += 1

@@ -43,12 +43,21 @@ def _compiled(source: Path, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL
     name = f"{source.stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.so"
     library = cache_folder() / "compiled" / name
     try:
-        if not library.exists():
+        kept = _loaded(library)
+        if kept is None:
             library.parent.mkdir(parents=True, exist_ok=True)
             _compile([compiler, *_FLAGS, *macros, str(source)], library)
-        return ctypes.CDLL(str(library))
+        return kept or ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("%s could not be compiled and is not used: %s", source.name, error)
+        return None
+
+
+def _loaded(library: Path) -> ctypes.CDLL | None:
+    """A library that was kept, or None where there is none or it is damaged: then it is made again."""
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
         return None
 
 
