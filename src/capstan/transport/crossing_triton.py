@@ -9,8 +9,8 @@ _BLOCK_WORDS = 1024
 
 
 @triton.jit(do_not_specialize=["num_words"])
-def _copy(target, source, num_words, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+def _copy(target, source, num_words, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < num_words
     tl.store(target + place, tl.load(source + place, mask=inside), mask=inside)
 
@@ -21,4 +21,4 @@ def copy(target: Tensor, source: Tensor) -> None:
     if all(each.numel() % 8 == 0 and each.data_ptr() % 8 == 0 for each in flat):
         flat = [each.view(torch.int64) for each in flat]
     size = flat[0].numel()
-    _copy[(triton.cdiv(size, _BLOCK_WORDS),)](*flat, size, block=_BLOCK_WORDS)
+    _copy[(triton.cdiv(size, _BLOCK_WORDS),)](*flat, size, BLOCK=_BLOCK_WORDS)
