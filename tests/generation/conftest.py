@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from capstan.generation import Engine, Request, block_schedule, decoding, plan_for
+from capstan.generation import Engine, Request, decoding, plan_for, visits
 from capstan.generation.batching import BlockShape, Length, shape_for
 from capstan.generation.block_schedule import BlockSchedule
 from capstan.generation.placement import Tier, parse_wish
@@ -422,7 +422,7 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(1 + len(self._stopped))
         resume(self, passage)
 
-    monkeypatch.setattr(block_schedule, "_OVERLAPPING", ("cuda", "cpu"))
+    monkeypatch.setattr(visits, "_OVERLAPPING", ("cuda", "cpu"))
     monkeypatch.setattr(BlockSchedule, "_resume", counted)
     return counts
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capstan.generation.batching import BatchShape, Block, BlockShape, Length, shape_for
-from capstan.generation.block_schedule import Visit, zigzag
+from capstan.generation.block_schedule import zigzag
+from capstan.generation.visits import Visit
 
 lengths_of_jobs = st.lists(st.builds(Length, st.integers(1, 30), st.integers(1, 8)), min_size=1, max_size=16)
 counts = st.integers(1, 5)

@@ -14,45 +14,27 @@ visit whose rows are away from the device stops inside its attention, and the de
 batches, until its rows or results have come.
 """
 
-import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from capstan.generation.activations import Activations
 from capstan.generation.anatomy import Anatomy
-from capstan.generation.attention import FUSED_ATTENTION, prefill_attention
-from capstan.generation.batching import BatchWork, Chunk, Work
-from capstan.generation.decoding import Decoding
+from capstan.generation.attention import FUSED_ATTENTION
+from capstan.generation.batching import BatchWork, Work
 from capstan.generation.exchange import Exchange
 from capstan.generation.kv_cache import KeyValueCache
-from capstan.generation.recording import TAPES, Cut, NewTape, Recording, Standing
-from capstan.generation.skeleton import LayerCall, Skeleton
+from capstan.generation.skeleton import Skeleton
+from capstan.generation.visits import Batch, Passage, Visit, Visits
 from capstan.generation.weights import WeightStore
-from capstan.transport import Ledger, Stopwatch, stream_of
-
-logger = logging.getLogger(__name__)
+from capstan.transport import Clock, Ledger, Stopwatch, stream_of
 
 DEVICE_COMPUTE = "device compute"
-
-# Devices that compute while they wait for rows or for the host.
-_OVERLAPPING = ("cuda",)
-
-
-class Visit(NamedTuple):
-    """One layer over one GPU batch."""
-
-    layer: int
-    batch: int
 
 
 def zigzag(num_layers: int, batches: Sequence[int]) -> list[Visit]:
@@ -83,31 +65,6 @@ PositionsOf = Callable[[Work], range]
 OnLogits = Callable[[Sequence[Pick], Tensor], None]
 
 
-@dataclass
-class _Batch:
-    """What one batch carries through a sweep."""
-
-    work: BatchWork
-    calls: list[list[LayerCall]]  # for each chunk, the call of each layer
-
-    def runs(self) -> list[tuple[Chunk, list[LayerCall], slice]]:
-        """Each chunk with its calls and its run of the batch's tokens."""
-        runs, start = [], 0
-        for chunk, calls in zip(self.work.chunks, self.calls, strict=True):
-            runs.append((chunk, calls, slice(start, start + chunk.num_tokens)))
-            start += chunk.num_tokens
-        return runs
-
-
-class _Passage(greenlet):
-    """A visit under way. It can stop inside its attention, deep in transformers' code, and be resumed."""
-
-    visit: Visit
-    chunk: Chunk
-    standing: Standing | None  # of the batch that decodes
-    recording: Recording | None  # being made
-
-
 class BlockSchedule:
     """Runs sweeps. Owns no memory: weights, cache and activations are given to it."""
 
@@ -129,18 +86,11 @@ class BlockSchedule:
         self._weights, self._activations, self._cache = weights, activations, cache
         self._exchange = exchange  # with the ranks that have the layers before and after
         self._logit_rows, self._device, self._ledger = logit_rows, device, ledger
-        self._stopwatch = stopwatch
-        # Hidden states that rest elsewhere have room on the device for two batches only.
-        self._overlaps = device.type in _OVERLAPPING and activations.rests_on_device
-        self._stopped: deque[_Passage] = deque()
+        self._stopped: deque[Passage] = deque()
         self._left: Counter[int] = Counter()  # batches that have not passed each layer that was begun
         self._stream = stream_of(device, "compute")
-        # What is recorded finds the hidden states where they always lie.
-        self._new_tapes = TAPES.get(device.type) if activations.rests_on_device else None
-        self._tapes_of: dict[int, NewTape] = {}
-        self._standings: WeakKeyDictionary[Decoding, Standing] = WeakKeyDictionary()
-        self._unit_places = 0  # says where the current layer's weights lie
-        self._stop_clock: Callable[[], None] | None = None
+        self._clock = Clock(stopwatch, DEVICE_COMPUTE)
+        self._visits = Visits(skeleton, anatomy, activations, cache=cache, device=device, clock=self._clock)
 
     @torch.inference_mode()
     def sweep(
@@ -160,7 +110,7 @@ class BlockSchedule:
             on_logits: gets places and their logits `[places, vocabulary]`, a few rows at a time.
             is_last: False if another sweep will follow, whose first weights may then begin to arrive.
         """
-        with self._on_stream(), self._computing():
+        with self._on_stream(), self._clock.running():
             self._sweep(works, tokens_of, positions_of, on_logits, is_last=is_last)
 
     @contextmanager
@@ -175,25 +125,6 @@ class BlockSchedule:
             yield
         outer.wait_stream(self._stream)
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Book what is done inside as computing, except in `_waiting`."""
-        self._stop_clock = self._stopwatch.start(DEVICE_COMPUTE)
-        try:
-            yield
-        finally:
-            self._stop_clock()
-
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Waits inside are no computing."""
-        assert self._stop_clock is not None
-        self._stop_clock()
-        try:
-            yield
-        finally:
-            self._stop_clock = self._stopwatch.start(DEVICE_COMPUTE)
-
     def _sweep(
         self,
         works: Sequence[BatchWork],
@@ -203,7 +134,7 @@ class BlockSchedule:
         *,
         is_last: bool,
     ) -> None:
-        self._skeleton.attend_with(self._attend)  # each time: another job may have run in between
+        self._skeleton.attend_with(self._visits.attend)  # each time: another job may have run in between
         visits = zigzag(self._skeleton.num_layers, [work.batch for work in works])
         self._weights.expect(sweeps=1 if is_last else 2)
         if self._exchange is not None:
@@ -242,26 +173,26 @@ class BlockSchedule:
             self._resume(self._stopped.popleft())
         self._left[layer] = num_batches
         weights = self._take(layer)
-        self._unit_places = id(weights)
+        self._visits.unit_places = id(weights)
         self._skeleton.equip(layer, weights)
 
     def _take(self, unit: int) -> Mapping[str, Tensor]:
         if not self._weights.has_arrived():
-            with self._waiting():
+            with self._clock.paused():
                 self._weights.arrive()
         return self._weights.take(unit)
 
-    def _start(self, visit: Visit, batch: _Batch) -> None:
-        passage = _Passage(self._compute)
+    def _start(self, visit: Visit, batch: Batch) -> None:
+        passage = Passage(self._visits.compute)
         passage.visit = visit
         passage.switch(passage, batch)
         self._note(passage)
 
-    def _resume(self, passage: _Passage) -> None:
+    def _resume(self, passage: Passage) -> None:
         passage.switch()
         self._note(passage)
 
-    def _note(self, passage: _Passage) -> None:
+    def _note(self, passage: Passage) -> None:
         """After a passage has run for a while: it has stopped, or it has ended."""
         if not passage.dead:
             self._stopped.append(passage)
@@ -295,7 +226,7 @@ class BlockSchedule:
             self._skeleton.strip(layer)
         self._left.clear()
 
-    def _front(self, work: BatchWork, tokens_of: TokensOf) -> _Batch:
+    def _front(self, work: BatchWork, tokens_of: TokensOf) -> Batch:
         hidden = self._activations.blank(work.batch)
         starts_here = self._exchange is None or self._exchange.has_front
         calls, start = [], 0
@@ -306,82 +237,20 @@ class BlockSchedule:
             output = self._skeleton.front(rows, positions.to(self._device), self._weights.rest)
             if starts_here:
                 hidden[start : start + chunk.num_tokens] = output.hidden[0]
-            calls.append(output.calls if chunk.is_prefill else self._standing_calls(work.batch, output.calls))
+            calls.append(self._visits.calls_of(work.batch, chunk, output.calls))
             start += chunk.num_tokens
         if self._exchange is not None and not starts_here:
             self._exchange.receive(hidden)
         self._activations.put(work.batch, hidden)
-        return _Batch(work, calls)
+        return Batch(work, calls)
 
     def _no_rows(self, count: int) -> Tensor:
         """In place of the input embedding's rows, for a front that is run for the layers' arguments alone."""
         width = self._skeleton.embedding_width
         return torch.zeros((), dtype=self._skeleton.compute_dtype, device=self._device).expand(count, width)
 
-    def _standing_calls(self, batch: int, calls: list[LayerCall]) -> list[LayerCall]:
-        """The arguments of a decoding batch, at the places where earlier sweeps had them if they can be."""
-        if self._new_tapes is None:
-            return calls
-        assert self._cache is not None
-        decoding = self._cache.decoding(batch)
-        standing = self._standings.get(decoding)
-        if standing is None or not standing.follows(calls):
-            if batch not in self._tapes_of:
-                self._tapes_of[batch] = self._new_tapes()
-            standing = self._standings[decoding] = Standing(calls, self._tapes_of[batch])
-        return standing.calls
-
-    def _compute(self, passage: _Passage, batch: _Batch) -> None:
-        visit = passage.visit
-        hidden = self._activations.take(visit.batch)
-        for passage.chunk, calls, run in batch.runs():
-            passage.recording = passage.standing = None
-            if passage.chunk.is_prefill:
-                self._step(passage, hidden[run], calls[visit.layer])
-                continue
-            assert self._cache is not None
-            self._cache.clear_desk(visit.batch)
-            passage.standing = self._standings.get(self._cache.decoding(visit.batch))
-            if passage.standing is None:
-                self._step(passage, hidden[run], calls[visit.layer])
-            else:
-                self._standing_step(passage, passage.standing, hidden[run], calls[visit.layer])
-        self._activations.put(visit.batch, hidden)
-
-    def _step(self, passage: _Passage, hidden: Tensor, call: LayerCall) -> None:
-        hidden.copy_(self._skeleton.layer(passage.visit.layer, hidden[None], call)[0])
-
-    def _standing_step(self, passage: _Passage, standing: Standing, hidden: Tensor, call: LayerCall) -> None:
-        """A decode step: done for the first time, recorded the second time, replayed from then on."""
-        key = (passage.visit.layer, hidden.data_ptr(), self._unit_places)
-        recording = standing.recording(key)
-        if recording is not None:
-            passage.recording = recording
-            recording.replay(passage)
-            return
-        if self._new_tapes is None or not standing.is_known(key):
-            self._step(passage, hidden, call)
-            return
-        passage.recording = recording = Recording(standing.new_tape)
-        try:
-            recording.begin()
-            self._step(passage, hidden, call)
-            recording.end()
-        except BaseException as error:
-            was_open = recording.is_open
-            recording.abandon()
-            if not was_open or not isinstance(error, RuntimeError):
-                raise
-            # The hidden states are still those of before, and rows that are appended again are the same.
-            logger.info("This model's layers cannot be recorded (%s); they run as they are.", error)
-            self._new_tapes = passage.recording = passage.standing = None
-            self._standings.clear()
-            self._step(passage, hidden, call)
-        else:
-            standing.keep(key, recording)
-
     def _back(
-        self, batch: _Batch, hidden: Tensor, head: Tensor, positions_of: PositionsOf, on_logits: OnLogits
+        self, batch: Batch, hidden: Tensor, head: Tensor, positions_of: PositionsOf, on_logits: OnLogits
     ) -> None:
         wanted = picks_of(batch.work, positions_of)
         for first in range(0, len(wanted), self._logit_rows):
@@ -389,89 +258,6 @@ class BlockSchedule:
             index = torch.tensor([row for _, row in some], device=self._device)
             logits = self._skeleton.back(hidden[index][None], self._weights.rest, head)
             on_logits([pick for pick, _ in some], logits)
-
-    # --- attention, called from inside transformers' layers ----------------------------------------------
-
-    def _attend(self, _: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        passage = getcurrent()
-        assert isinstance(passage, _Passage)
-        # (1, heads, tokens, size) -> (tokens, heads, size)
-        query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-        attend = self._prefill if passage.chunk.is_prefill else self._decode
-        return attend(passage, query, key, value)[None]
-
-    def _prefill(self, passage: _Passage, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        visit, chunk = passage.visit, passage.chunk
-        geometry = self._anatomy.layers[visit.layer].geometry
-        if self._cache is not None:
-            rows = self._cache.encode(visit.layer, key, value)
-            self._cache.append(visit.layer, visit.batch, chunk, rows)
-        output = query.new_empty(query.shape[0], geometry.num_query_heads, geometry.value_size)
-        before = self._cache.prefix(visit.layer, chunk) if self._cache is not None else None
-        for _, run in chunk.runs():
-            keys, values = key[run], value[run]
-            if before is not None:
-                keys, values = torch.cat((before[0], keys)), torch.cat((before[1], values))
-            output[run] = prefill_attention(query[run], keys, values, geometry)
-        return output
-
-    def _decode(self, passage: _Passage, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        assert self._cache is not None
-        layer, batch = passage.visit
-        rows = self._cache.encode(layer, key, value)
-        if self._cache.rests_on_device(layer):
-            self._cache.append(layer, batch, passage.chunk, rows)
-            return self._cache.attend_on_device(layer, batch, query, rows)
-        query = query.contiguous()
-        if self._cache.is_attended_on_host(layer, batch):
-            self._cache.leave(layer, batch, rows, query)
-            self._aside(passage, self._attend_on_host)
-            return self._cache.collect(layer, batch)
-        value_size = self._anatomy.layers[layer].geometry.value_size
-        cut = Cut(query, rows, query.new_empty(*query.shape[:-1], value_size))
-        if passage.standing is not None:
-            cut = passage.standing.places(query, rows, value_size)
-            cut.query.copy_(query)
-            cut.rows.copy_(rows)
-        self._cache.leave(layer, batch, rows, None)
-        self._aside(passage, partial(self._attend_brought, cut=cut))
-        return cut.attended
-
-    def _aside(self, passage: _Passage, step: Callable[[_Passage], None]) -> None:
-        """Do a step of a visit that is no part of what is recorded of it."""
-        if passage.recording is None:
-            step(passage)
-        else:
-            passage.recording.aside(step, passage)
-
-    def _attend_on_host(self, passage: _Passage) -> None:
-        """The host attends rows where they rest; meanwhile other batches go on."""
-        assert self._cache is not None
-        layer, batch = passage.visit
-        self._cache.append_from_desk(layer, batch)
-        arrival = self._cache.attend_on_host(layer, batch)
-        self._let_others_go_on(passage)
-        with self._waiting():
-            arrival.wait()
-        self._cache.attended(layer, batch)
-
-    def _attend_brought(self, passage: _Passage, *, cut: Cut) -> None:
-        """The device attends rows that are brought to it; meanwhile other batches go on."""
-        assert self._cache is not None
-        layer, batch = passage.visit
-        self._cache.append_from_desk(layer, batch)
-        self._let_others_go_on(passage)
-        with self._waiting():
-            self._cache.arrive(layer, batch)
-        cut.attended.copy_(self._cache.attend_on_device(layer, batch, cut.query, cut.rows))
-        self._cache.attended(layer, batch)
-
-    def _let_others_go_on(self, passage: _Passage) -> None:
-        """Stop here until what this passage waits for is next in turn. Where host memory plays the device
-        there is one processor for everything, and nothing to gain."""
-        if self._overlaps:
-            assert passage.parent is not None
-            passage.parent.switch()
 
 
 def _num_tokens(work: BatchWork) -> int:

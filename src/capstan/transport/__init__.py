@@ -9,6 +9,6 @@ from capstan.transport.crossing import cross
 from capstan.transport.group import Group
 from capstan.transport.lanes import Lane, Ticket, stream_of
 from capstan.transport.ledger import Ledger
-from capstan.transport.stopwatch import Stopwatch
+from capstan.transport.stopwatch import Clock, Stopwatch
 
-__all__ = ["Group", "Lane", "Ledger", "Stopwatch", "Ticket", "cross", "stream_of"]
+__all__ = ["Clock", "Group", "Lane", "Ledger", "Stopwatch", "Ticket", "cross", "stream_of"]

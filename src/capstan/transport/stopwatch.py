@@ -67,3 +67,30 @@ class Stopwatch:
                     self._pending.append(lap)
                 continue
             self._ledger.spend(lap.resource, lap.start.elapsed_time(lap.end) / 1e3)
+
+
+class Clock:
+    """Books the time of one resource that works with pauses."""
+
+    def __init__(self, stopwatch: Stopwatch, resource: str) -> None:
+        self._stopwatch, self._resource = stopwatch, resource
+        self._stop: Callable[[], None] | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Book the block, its pauses apart."""
+        self._stop = self._stopwatch.start(self._resource)
+        try:
+            yield
+        finally:
+            self._stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside `running`: a wait that is no work."""
+        assert self._stop is not None
+        self._stop()
+        try:
+            yield
+        finally:
+            self._stop = self._stopwatch.start(self._resource)
