@@ -8,10 +8,13 @@ from typing import Literal, Self
 
 import torch
 
+from capstan.errors import UsageError
+from capstan.generation.arrivals import Arrivals
 from capstan.generation.attention import prefill_attention
 from capstan.generation.batching import Length
 from capstan.generation.cache_buffers import host_bytes
-from capstan.generation.job import Job, OnProgress
+from capstan.generation.job import Job
+from capstan.generation.measured import OnProgress
 from capstan.generation.memory import extent_of
 from capstan.generation.model import Model
 from capstan.generation.opening import plan_for
@@ -231,6 +234,28 @@ class Engine:
             for growing in sequences
         ]
 
+    def answer(self, arrivals: Arrivals, *, on_progress: OnProgress | None = None) -> Iterator[Growing]:
+        """Answer sequences that arrive while others run, until `arrivals` are closed; each comes back when it
+        is over, unless it was not wanted any more.
+
+        The plan is that of the opening. An arrival must be no longer than the longest sequence of its
+        `lengths` (`open_lengths` makes fitting ones), prompt and new tokens together.
+
+        Raises:
+            UsageError: the model is divided over ranks, which must all know what runs.
+        """
+        if self.model.stage is not None:
+            raise UsageError("A model that is divided over ranks cannot serve; give it whole jobs.")
+        yield from self._run_job(self._opening, [], on_progress=on_progress, arrivals=arrivals)
+
+    def sequences(self, request: Request) -> list[Growing]:
+        """The sequences that answer a request, one for each answer, as `answer` takes them.
+
+        Raises:
+            InputError: an empty prompt, or one that does not fit the model's context.
+        """
+        return self._sequences(0, request)
+
     def plan_job(self, lengths: Sequence[Length], *, keeps_cache: bool = True, prefix: int = 0) -> JobPlan:
         """The plan for sequences of these lengths, of which the first `prefix` tokens are the same, with the
         weights where they lie."""
@@ -263,6 +288,17 @@ class Engine:
             prefix = shared_prefix(asked, prompts)
         lengths = [growing.length for growing in sequences]
         job_plan = self.plan_job(lengths, keeps_cache=keeps_cache, prefix=prefix)
+        yield from self._run_job(job_plan, sequences, keeps_cache=keeps_cache, on_progress=on_progress)
+
+    def _run_job(
+        self,
+        job_plan: JobPlan,
+        sequences: list[Growing],
+        *,
+        keeps_cache: bool = True,
+        on_progress: OnProgress | None = None,
+        arrivals: Arrivals | None = None,
+    ) -> Iterator[Growing]:
         self.plan, self.trace = job_plan.plan, None
         job = Job(
             self.model,
@@ -275,6 +311,7 @@ class Engine:
             keeper=self._keeper,
             on_progress=on_progress,
             keeps_cache=keeps_cache,
+            arrivals=arrivals,
         )
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)

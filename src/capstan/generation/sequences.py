@@ -26,6 +26,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     cut_text: str | None = None
+    is_wanted: bool = True  # False, by any thread: nobody waits for it any more
 
     @property
     def length(self) -> Length:
