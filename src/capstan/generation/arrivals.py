@@ -55,6 +55,10 @@ class Arrivals:
         return taken
 
     @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    @property
     def num_waiting(self) -> int:
         """Sequences that have not been taken, those that are wanted no more included."""
         with self._change:

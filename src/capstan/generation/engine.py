@@ -11,7 +11,7 @@ import torch
 from capstan.errors import UsageError
 from capstan.generation.arrivals import Arrivals
 from capstan.generation.attention import prefill_attention
-from capstan.generation.batching import Length
+from capstan.generation.batching import BlockShape, Length
 from capstan.generation.cache_buffers import host_bytes
 from capstan.generation.job import Job
 from capstan.generation.measured import OnProgress
@@ -212,7 +212,7 @@ class Engine:
             mine[growing.answer] = growing
             if len(mine) == growing.request.n:
                 del answered[growing.request_index]
-                yield _completion([mine[answer] for answer in range(growing.request.n)])
+                yield completion_of([mine[answer] for answer in range(growing.request.n)])
 
     def score(self, texts: Iterable[str | Sequence[int]]) -> list[Score]:
         """The log-probability of every token of each text given the ones before it, in the order given."""
@@ -255,6 +255,11 @@ class Engine:
             InputError: an empty prompt, or one that does not fit the model's context.
         """
         return self._sequences(0, request)
+
+    @property
+    def block(self) -> BlockShape:
+        """The block that the engine was opened for."""
+        return self._opening.shape
 
     def plan_job(self, lengths: Sequence[Length], *, keeps_cache: bool = True, prefix: int = 0) -> JobPlan:
         """The plan for sequences of these lengths, of which the first `prefix` tokens are the same, with the
@@ -362,7 +367,8 @@ def _wake_libraries(model: Model, device: torch.device) -> None:
     (hidden @ hidden.T).softmax(-1).argmax(-1).tolist()
 
 
-def _completion(answers: Sequence[Growing]) -> Completion:
+def completion_of(answers: Sequence[Growing]) -> Completion:
+    """What the sequences of one request, all over, come to."""
     first = answers[0]
     scored: tuple[TokenLogprob | None, ...] | None = None
     if first.request.prompt_logprobs is not None:
