@@ -214,9 +214,13 @@ class Engine:
                 del answered[growing.request_index]
                 yield completion_of([mine[answer] for answer in range(growing.request.n)])
 
-    def score(self, texts: Iterable[str | Sequence[int]]) -> list[Score]:
-        """The log-probability of every token of each text given the ones before it, in the order given."""
-        asked = [Request(prompt=text, max_tokens=1, id=str(index)) for index, text in enumerate(texts)]
+    def score(self, texts: Iterable[str | Sequence[int]], *, likeliest: bool = False) -> list[Score]:
+        """The log-probability of every token of each text given the ones before it, in the order given; with
+        `likeliest` also whether it was the likeliest token there."""
+        asked = [
+            Request(prompt=text, max_tokens=1, prompt_logprobs=1 if likeliest else None, id=str(index))
+            for index, text in enumerate(texts)
+        ]
         sequences = [
             growing
             for index, request in enumerate(asked)
@@ -230,6 +234,9 @@ class Engine:
             Score(
                 tokens=tuple(growing.prompt),
                 logprobs=tuple(entry.logprob for entry in growing.prompt_logprobs),
+                likeliest=tuple(entry.token == entry.top[0][0] for entry in growing.prompt_logprobs)
+                if likeliest
+                else (),
             )
             for growing in sequences
         ]
