@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from serving_programs import served
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from capstan.generation import Engine
@@ -71,8 +71,10 @@ def main() -> None:
         harness = Harness(options.harness_python, task)
         runs = {"transformers": harness.run("hf", f"pretrained={folder},dtype=float32", "--device", "cpu")}
         runs["adapter"] = harness.run("capstan", f"pretrained={folder}", "--device", "cpu")
-        with served(folder) as url:
-            where = f"model=rigging,base_url={url}/v1/completions,tokenizer={folder},num_concurrent=16"
+        with served(folder, longest=CONTEXT) as program:
+            where = (
+                f"model=rigging,base_url={program.url}/v1/completions,tokenizer={folder},num_concurrent=16"
+            )
             runs["server"] = harness.run("local-completions", f"{where},max_length={CONTEXT}")
         runs["engine"] = score_directly(folder, runs["transformers"]["asked"])
     report(runs, options)
@@ -182,33 +184,6 @@ class Harness:
             else [line["arguments"] for line in lines],
             "seconds": seconds,
         }
-
-
-class served:  # noqa: N801  # read as a phrase: with served(folder) as url
-    """`capstan serve` over the model, as a program."""
-
-    def __init__(self, folder: Path) -> None:
-        words = ["serve", str(folder), "--port", "0", "--max-length", str(CONTEXT), "--device", "cpu"]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "capstan", *words],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> str:
-        assert self._process.stderr is not None
-        said = ""
-        while not (found := re.search(r"is served at (\S+)", said)):
-            line = self._process.stderr.readline()
-            if not line:
-                raise SystemExit(f"the server has ended: {said}")
-            said += line
-        return found[1]
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(60)
 
 
 def score_directly(folder: Path, asked: list[list[list[str]]]) -> dict[str, Any]:
