@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
+from torch.nn.attention import sdpa_kernel
 
 from capstan.errors import UsageError
 from capstan.generation.arrivals import Arrivals
-from capstan.generation.attention import prefill_attention
+from capstan.generation.attention import (
+    FUSED_ATTENTION,
+    decode_attention,
+    prefill_attention,
+    visible_rows,
+)
 from capstan.generation.batching import BlockShape, Length
 from capstan.generation.cache_buffers import host_bytes
 from capstan.generation.job import Job
@@ -21,14 +27,15 @@ from capstan.generation.opening import plan_for
 from capstan.generation.planner import JobPlan, Planner
 from capstan.generation.prefixes import shared_prefix
 from capstan.generation.prompts import check_length, tokens_of
-from capstan.generation.requests import Answer, Completion, Request, Score, TokenLogprob
+from capstan.generation.requests import Completion, Request, Score
 from capstan.generation.sequences import Sequence as Growing
+from capstan.generation.sequences import completion_of
 from capstan.generation.weights import WeightStore
 from capstan.hardware import Machine
 from capstan.plans import Plan, Trace
 from capstan.storage import Checkpoint, DiskSlab, SlabKeeper
 from capstan.storage.slab import aligned
-from capstan.transport import Group, Ledger
+from capstan.transport import Group, Ledger, stream_of
 
 # What an engine is opened for when nobody says: enough sequences that the block is not the limit.
 USUAL_LENGTHS = (Length(prompt=512, new=128),) * 64
@@ -364,26 +371,19 @@ def _cache_host_bytes(model: Model, plan: JobPlan) -> int:
 
 
 def _wake_libraries(model: Model, device: torch.device) -> None:
-    """Libraries load their kernels when first used, about a second's work: not in the first job's time."""
+    """Libraries load their kernels when first used, about a second's work: not in the first job's time. Some
+    keep memory for each stream that they work on."""
+    with torch.cuda.stream(stream_of(device, "compute")), sdpa_kernel(FUSED_ATTENTION):
+        _use_libraries(model, device)
+
+
+def _use_libraries(model: Model, device: torch.device) -> None:
     dtype, geometry = model.skeleton.compute_dtype, model.anatomy.layers[0].geometry
     hidden = torch.zeros(64, model.skeleton.hidden_size, dtype=dtype, device=device)
     heads = torch.zeros(64, geometry.num_query_heads, geometry.key_size, dtype=dtype, device=device)
     if geometry.key_size == geometry.value_size:
         keys = heads[:, : geometry.num_key_heads]
         prefill_attention(heads, keys, keys, geometry)
+        visible = visible_rows(torch.full((64,), 64), 64, None).to(device)
+        decode_attention(heads, keys.expand(64, *keys.shape), keys.expand(64, *keys.shape), visible, geometry)
     (hidden @ hidden.T).softmax(-1).argmax(-1).tolist()
-
-
-def completion_of(answers: Sequence[Growing]) -> Completion:
-    """What the sequences of one request, all over, come to."""
-    first = answers[0]
-    scored: tuple[TokenLogprob | None, ...] | None = None
-    if first.request.prompt_logprobs is not None:
-        scored = (None, *first.prompt_logprobs)
-    finished: list[Answer] = [growing.finished() for growing in answers]
-    return Completion(
-        id=first.request.id,
-        prompt_tokens=tuple(first.prompt),
-        answers=tuple(finished),
-        prompt_logprobs=scored,
-    )

@@ -15,10 +15,11 @@ from threading import Thread
 from typing import Any
 
 from capstan.generation.arrivals import Arrivals
-from capstan.generation.engine import Engine, completion_of
+from capstan.generation.engine import Engine
 from capstan.generation.measured import Progress
 from capstan.generation.requests import Completion, Request
 from capstan.generation.sequences import Sequence as Growing
+from capstan.generation.sequences import completion_of
 
 logger = logging.getLogger(__name__)
 
