@@ -215,7 +215,7 @@ def test_a_client_that_does_not_read_is_cut_off(keeping: Any) -> None:
     host, port = keeping.url.removeprefix("http://").split(":")
     received = 0
     with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(f"GET /v1/files/{made.id}/content HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"GET /v1/files/{made.id}/content HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         time.sleep(1.5)  # three times what it is given
         try:
             while data := connection.recv(1 << 20):

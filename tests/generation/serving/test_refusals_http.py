@@ -73,6 +73,15 @@ def test_with_the_token_all_is_answered(locked: Any) -> None:
         locked.openai(api_key="wrong").completions.create(model="crew", **GOOD)
 
 
+def test_without_a_token_only_this_machines_names_are_answered(running: Any) -> None:
+    with running.http() as client:
+        port = running.url.rpartition(":")[2]
+        for host in ("localhost", f"localhost:{port}", f"127.0.0.1:{port}", "LOCALHOST"):
+            assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+        for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "", "[::1]:x"):
+            _error(client.get("/v1/models", headers={"Host": host}), 403)
+
+
 # --- what is malformed -----------------------------------------------------------------------------------
 
 
@@ -187,7 +196,7 @@ def _received(connection: socket.socket, wanted: bytes) -> bool:
 
 
 @pytest.mark.parametrize(
-    "sent", [b"", b"POST /v1/completions HT", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: 1\r\n"]
+    "sent", [b"", b"POST /v1/completions HT", b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: 1\r\n"]
 )
 def test_a_connection_that_does_not_finish_its_headers_is_closed(locked: Any, sent: bytes) -> None:
     with _connection(locked) as connection:
@@ -197,14 +206,14 @@ def test_a_connection_that_does_not_finish_its_headers_is_closed(locked: Any, se
 
 def test_a_connection_that_drips_its_second_request_is_closed(locked: Any) -> None:
     with _connection(locked) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert _received(connection, b'"ok"')
         connection.settimeout(0.05)
         _until(lambda: _is_closed(connection, sending=b"X"))
 
 
 def test_a_body_that_does_not_come_gets_408(locked: Any) -> None:
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
     head += "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
     with _connection(locked) as connection:
         connection.sendall(head.encode())
@@ -257,7 +266,7 @@ def test_a_client_that_disconnects_frees_its_slots(
 ) -> None:
     body = {"prompt": [5, 6], "max_tokens": 94, "ignore_eos": True, "n": 12, "stream": streams}
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
     with serve(engine=slow_engine) as running:
         with _connection(running) as connection:
             connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + data)
@@ -291,7 +300,7 @@ def test_when_the_time_to_end_is_over_the_rest_is_dropped(
 ) -> None:
     with serve(engine=slow_engine, shutdown_s=1.0) as running, _connection(running) as connection:
         body = json.dumps({"prompt": [5], "max_tokens": 95, "ignore_eos": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
         _until(lambda: running.metric("sequences_running") == 1)
     assert running.ended.result().finished == 0

@@ -44,11 +44,18 @@ class Served:
         self.started = int(time.time())
 
 
-def build_app(served: Served, *, token: str | None = None, folder: Path | None = None) -> FastAPI:
+def build_app(
+    served: Served,
+    *,
+    token: str | None = None,
+    hosts: frozenset[str] | None = None,
+    folder: Path | None = None,
+) -> FastAPI:
     """The server over a crew, which it starts and closes.
 
     Args:
         token: what clients must show; None lets everybody in.
+        hosts: names by which clients must call the server; None allows any.
         folder: where files and batches lie; None for a server without them.
     """
     from capstan.generation.serving.batches import BatchRunner
@@ -71,7 +78,7 @@ def build_app(served: Served, *, token: str | None = None, folder: Path | None =
             await served.crew.close(within_s=600.0)
 
     app = FastAPI(title=f"capstan serve {served.name}", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, token=token, limits=served.limits)
+    app.add_middleware(Guard, token=token, hosts=hosts, limits=served.limits)
     _add_error_handlers(app)
     _add_generation_routes(app, served)
     _add_other_routes(app, served)
@@ -126,13 +133,17 @@ def _add_generation_routes(app: FastAPI, served: Served) -> None:
 async def _generate(http: HttpRequest, served: Served, *, is_chat: bool) -> Response:
     body = parse(GenerationBody, await read_json(http), name=served.name)
     name = f"{'chatcmpl' if is_chat else 'cmpl'}-{token_hex(12)}"
+    crew, limits = served.crew, served.limits
     # In another thread: tokenising a long prompt must not keep the others waiting.
     asked = await asyncio.to_thread(
-        asked_of, body, name=name, is_chat=is_chat, model=served.model, limits=served.limits
+        asked_of,
+        body,
+        name=name,
+        is_chat=is_chat,
+        model=served.model,
+        limits=limits,
+        room=crew.slots + limits.queue,
     )
-    crew, room = served.crew, served.crew.slots + served.limits.queue
-    if asked.num_sequences > room:
-        raise Refused(400, f"{asked.num_sequences:,} answers at once exceed the queue of {room:,}.")
     requests = [one.request for one in asked.requests]
     if asked.streams:
         ask = crew.ask(requests, follows=True)

@@ -77,10 +77,6 @@ class Asked:
     includes_usage: bool
     cuts: bool
 
-    @property
-    def num_sequences(self) -> int:
-        return sum(asked.request.n for asked in self.requests)
-
 
 async def read_json(http: HttpRequest) -> dict[str, Any]:
     """The JSON object in a request's body.
@@ -125,12 +121,17 @@ def parse(form: type[Form], raw: dict[str, Any], *, name: str) -> Form:
     return body
 
 
-def asked_of(body: GenerationBody, *, name: str, is_chat: bool, model: Model, limits: Limits) -> Asked:
-    """What a body asks for, its prompts as tokens; `name` becomes the beginning of the requests' ids.
+def asked_of(
+    body: GenerationBody, *, name: str, is_chat: bool, model: Model, limits: Limits, room: int
+) -> Asked:
+    """What a body asks for, its prompts as tokens; `name` becomes the beginning of the requests' ids. At most
+    `room` answers can be asked for at once.
 
     Raises:
         Refused: it asks for what this engine does not do, or for more than a limit.
     """
+    prompts = _each_prompt(body)
+    _require_answers(len(prompts), room)  # before they are tokenised
     extra = dict(body.model_extra or {})
     cuts = extra.get("max_tokens") == 0 and bool(extra.get("echo")) and not is_chat
     if cuts:
@@ -138,7 +139,7 @@ def asked_of(body: GenerationBody, *, name: str, is_chat: bool, model: Model, li
     try:
         requests = tuple(
             _request(f"{name}-{number}", extra | one, is_chat, model, limits)
-            for number, one in enumerate(_each_prompt(body))
+            for number, one in enumerate(prompts)
         )
     except ValidationError as error:
         where = error.errors()[0]["loc"]
@@ -147,6 +148,7 @@ def asked_of(body: GenerationBody, *, name: str, is_chat: bool, model: Model, li
         raise Refused(400, "The body is nested too deeply to be a request.") from None
     except (CapstanError, ValueError, TypeError) as error:
         raise Refused(400, str(error)) from None
+    _require_answers(sum(asked.request.n for asked in requests), room)
     streams = bool(body.stream)
     shows_prompt = any(asked.request.prompt_logprobs is not None for asked in requests)
     if streams and shows_prompt:
@@ -158,6 +160,13 @@ def asked_of(body: GenerationBody, *, name: str, is_chat: bool, model: Model, li
         includes_usage=body.stream_options is not None and body.stream_options.include_usage,
         cuts=cuts,
     )
+
+
+def _require_answers(count: int, room: int) -> None:
+    if count > room:
+        raise Refused(
+            400, f"{count:,} answers at once exceed the queue of {room:,}; ask in several requests."
+        )
 
 
 def _each_prompt(body: GenerationBody) -> list[dict[str, Any]]:

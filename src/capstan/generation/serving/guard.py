@@ -1,8 +1,13 @@
-"""What stands before every route: who may ask, how much they may send, and how long they may take."""
+"""What stands before every route: who may ask, how much they may send, and how long they may take.
+
+A server without a token trusts whoever is on this machine. A web page from elsewhere is not: it cannot send
+JSON to a strange server unasked, and where it made its own name point here, that name is not among `hosts`.
+"""
 
 import asyncio
 import hashlib
 import hmac
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -18,11 +23,11 @@ _OPEN_TO_ALL = "/health"
 
 
 class Guard:
-    """ASGI middleware: 401 without the token, 413 for a body that is too large, 408 for one that does not
-    come."""
+    """ASGI middleware: 401 without the token, 403 for a strange host, 413 for a body that is too large, 408
+    for one that does not come."""
 
-    def __init__(self, app: Any, *, token: str | None, limits: Limits) -> None:
-        self._app, self._limits = app, limits
+    def __init__(self, app: Any, *, token: str | None, hosts: frozenset[str] | None, limits: Limits) -> None:
+        self._app, self._hosts, self._limits = app, hosts, limits
         self._token = None if token is None else _digest(token.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -33,6 +38,7 @@ class Guard:
         is_upload = scope["path"] == UPLOADS and scope["method"] == "POST"
         limit = self._limits.file_bytes + 64_000 if is_upload else self._limits.body_bytes
         try:
+            self._require_host(headers.get(b"host", b""))
             if scope["path"] != _OPEN_TO_ALL:
                 self._require_token(headers.get(b"authorization", b""))
             stated = headers.get(b"content-length", b"0")
@@ -43,6 +49,12 @@ class Guard:
             return
         body_s = self._limits.body_s * (10 if is_upload else 1)
         await self._app(scope, _bounded(receive, limit, body_s), send)
+
+    def _require_host(self, host: bytes) -> None:
+        name = re.sub(r":[0-9]*$", "", host.decode("latin-1")).strip("[]").lower()
+        if self._hosts is not None and name not in self._hosts:
+            known = " or ".join(sorted(self._hosts))
+            raise Refused(403, f"Without a token this server is only for {known}, not for {name!r}.")
 
     def _require_token(self, authorization: bytes) -> None:
         if self._token is None:

@@ -94,7 +94,9 @@ def run_server(
         ServerFailed: the engine failed, and failed again.
     """
     crew = Crew(engine, queue=limits.queue)
-    app = build_app(Served(crew, name=name, limits=limits), token=token, folder=folder)
+    address = str(listening.getsockname()[0])
+    hosts = frozenset({address, "localhost"}) if token is None and is_loopback(address) else None
+    app = build_app(Served(crew, name=name, limits=limits), token=token, hosts=hosts, folder=folder)
     server = _Server(
         uvicorn.Config(
             app,
