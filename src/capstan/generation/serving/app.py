@@ -5,9 +5,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -34,6 +35,9 @@ from capstan.generation.serving.replies import Refused, refusal, reply
 from capstan.generation.serving.streams import EventReply, events_of, until_gone
 
 _GONE = 499  # nobody reads it
+_LONG_BYTES = 16_000  # tokenised in some milliseconds
+
+Found = TypeVar("Found")
 
 
 class Served:
@@ -134,15 +138,17 @@ async def _generate(http: HttpRequest, served: Served, *, is_chat: bool) -> Resp
     body = parse(GenerationBody, await read_json(http), name=served.name)
     name = f"{'chatcmpl' if is_chat else 'cmpl'}-{token_hex(12)}"
     crew, limits = served.crew, served.limits
-    # In another thread: tokenising a long prompt must not keep the others waiting.
-    asked = await asyncio.to_thread(
-        asked_of,
-        body,
-        name=name,
-        is_chat=is_chat,
-        model=served.model,
-        limits=limits,
-        room=crew.slots + limits.queue,
+    asked = await _apart(
+        len(await http.body()) > _LONG_BYTES,
+        partial(
+            asked_of,
+            body,
+            name=name,
+            is_chat=is_chat,
+            model=served.model,
+            limits=limits,
+            room=crew.slots + limits.queue,
+        ),
     )
     requests = [one.request for one in asked.requests]
     if asked.streams:
@@ -163,8 +169,14 @@ async def _generate(http: HttpRequest, served: Served, *, is_chat: bool) -> Resp
         if not ask.done.done():
             return Response(status_code=_GONE)
         ask.done.result()  # raises what went wrong
-        # Thousands of log-probabilities take a while to write down, in which others are served.
-        return await asyncio.to_thread(_together, asked, ask.completions(), served, name)
+        has_logprobs = any(one.request.logprobs is not None for one in asked.requests)
+        return await _apart(has_logprobs, partial(_together, asked, ask.completions(), served, name))
+
+
+async def _apart(is_long: bool, work: Callable[[], Found]) -> Found:
+    """Do what takes long in another thread, so that others are served meanwhile; handing over what does not
+    would take longer than doing it."""
+    return await asyncio.to_thread(work) if is_long else work()
 
 
 def _together(asked: Asked, completions: list[Completion], served: Served, name: str) -> Response:
