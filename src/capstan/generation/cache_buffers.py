@@ -8,6 +8,7 @@ from capstan.generation.batching import BlockShape
 from capstan.generation.placement import Placement, Tier
 from capstan.generation.row_format import RowFormat
 from capstan.storage.slab import aligned
+from capstan.transport import Lane
 
 # Batches whose rows are brought ahead of the one that is attended.
 RING_SLOTS = 2
@@ -19,6 +20,14 @@ class DeskSizes(NamedTuple):
     rows: int
     queries: int
     result: int
+
+
+class Lanes(NamedTuple):
+    """What moves rows to the device and away from it; what attends them on the host."""
+
+    rows_in: Lane
+    rows_out: Lane
+    attention: Lane
 
 
 def host_bytes(

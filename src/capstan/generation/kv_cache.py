@@ -13,7 +13,6 @@ rows are read in place while the device goes on with other batches.
 
 from collections import deque
 from collections.abc import Sequence
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from capstan.generation.batching import BatchWork, BlockShape, Chunk, Work
 from capstan.generation.cache_buffers import (
     RING_SLOTS,
+    Lanes,
     cache_buffers,
     desk_sizes,
     host_bytes,
@@ -31,12 +31,13 @@ from capstan.generation.cache_buffers import (
 )
 from capstan.generation.cache_regions import Regions
 from capstan.generation.decoding import Decoding, Form, form_of
+from capstan.generation.desks import Desk, Places, shaped
 from capstan.generation.host_attention import Seats, attend_on_host
 from capstan.generation.placement import Placement
 from capstan.generation.row_format import RowFormat
 from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE, HOST_TO_DISK
 from capstan.storage import DiskSlab, Slab, SlabKeeper
-from capstan.transport import Lane, Ledger, Stopwatch, Ticket, cross
+from capstan.transport import Ledger, Stopwatch, Ticket, cross
 
 HOST_ATTENTION = "host attention"
 
@@ -45,24 +46,6 @@ _KNOWN_FORMS = 4
 
 # So many chunks of prompts may wait in device memory for their rows to leave.
 ROWS_IN_FLIGHT = 2
-
-
-class Lanes(NamedTuple):
-    """What moves rows to the device and away from it; what attends them on the host."""
-
-    rows_in: Lane
-    rows_out: Lane
-    attention: Lane
-
-
-class _Desk(NamedTuple):
-    """Where one batch's decoding sequences pass between device and host: bytes as `DeskSizes` says, or those
-    of one layer seen as tensors. All on the host but the last."""
-
-    rows: Tensor  # [sequences, row bytes]
-    queries: Tensor  # [sequences, heads, key size]
-    found: Tensor  # [sequences, heads, value size]
-    result: Tensor  # on the device
 
 
 class _Fetch(NamedTuple):
@@ -109,13 +92,14 @@ class KeyValueCache:
         self._staging = [self._host_slab.take(buffers.staging_slot_bytes) for _ in range(RING_SLOTS)]
         self._staged: list[torch.cuda.Event | None] = [None] * RING_SLOTS
         self._outgoing = self._host_slab.take(buffers.outgoing_bytes)
-        self._desks = []
-        for index, batch in enumerate(shape.batches):
-            sizes = desk_sizes(formats, placement, batch.slots)
-            result = self._device_slab.take(sizes.result if index in self._host_batches else 0)
-            rows, queries, found = map(self._host_slab.take, sizes)
-            self._desks.append(_Desk(rows, queries, found, result))
-        self._seen_desks: dict[tuple[int, int, int], _Desk] = {}
+        self._desks = [
+            Desk.of(
+                desk_sizes(formats, placement, batch.slots),
+                host=self._host_slab,
+                device=self._device_slab if index in self._host_batches else None,
+            )
+            for index, batch in enumerate(shape.batches)
+        ]
         self._clearing: dict[int, Ticket] = {}  # when the rows on a desk have been put where they rest
         self._stored: dict[tuple[int, int], Ticket] = {}
         self._leaving: deque[Ticket] = deque()
@@ -258,7 +242,7 @@ class KeyValueCache:
         layout, rows = self._formats[layer], self._regions.prefixes[layer]
         if self._tiers[layer] != "device":
             lane, home = self._lanes.rows_in, rows
-            rows = arrived = _shaped(self._prefix_slot, torch.uint8, tuple(home.shape))
+            rows = arrived = shaped(self._prefix_slot, torch.uint8, tuple(home.shape))
             lane.submit(lambda: lane.copy(arrived, home, link=HOST_TO_DEVICE, content="cache")).wait()
         keys, values = layout.decode(rows[None])
         return keys[0], values[0]
@@ -351,21 +335,8 @@ class KeyValueCache:
 
         self._stored[layer, batch] = self._clearing[batch] = self._lanes.rows_out.submit(put)
 
-    def _desk(self, layer: int, batch: int) -> _Desk:
-        count = len(self._decoding[batch].ends)
-        if (layer, batch, count) not in self._seen_desks:
-            layout, desk = self._formats[layer], self._desks[batch]
-            geometry = layout.geometry
-            queries = (count, geometry.num_query_heads, geometry.key_size)
-            results = (count, geometry.num_query_heads, geometry.value_size)
-            on_host = self.is_attended_on_host(layer, batch)
-            self._seen_desks[layer, batch, count] = _Desk(
-                _shaped(desk.rows, torch.uint8, (count, layout.row_bytes)),
-                _shaped(desk.queries, layout.dtype, queries),
-                _shaped(desk.found, layout.dtype, results),
-                _shaped(desk.result, layout.dtype, results) if on_host else desk.result,
-            )
-        return self._seen_desks[layer, batch, count]
+    def _desk(self, layer: int, batch: int) -> Places:
+        return self._desks[batch].places(self._formats[layer], len(self._decoding[batch].ends))
 
     # --- writing -----------------------------------------------------------------------------------------
 
@@ -411,7 +382,7 @@ class KeyValueCache:
                     region[work.slot, self._regions.own(work)].copy_(rows[run], non_blocking=True)
             self._ledger.count(DEVICE_TO_HOST, "cache", rows.numel())
             return
-        staging = _shaped(self._outgoing, torch.uint8, tuple(rows.shape))
+        staging = shaped(self._outgoing, torch.uint8, tuple(rows.shape))
         lane.copy(staging, rows, link=DEVICE_TO_HOST, content="cache")
         lane.synchronize()
         self._write_disk(layer, batch, chunk, staging)
@@ -428,11 +399,6 @@ class KeyValueCache:
         """Give the memory back; the lanes must be idle."""
         self._regions.forget()
         self._ring, self._staging, self._desks = [], [], []
-        self._fetches, self._decoding, self._known, self._seen_desks = {}, {}, {}, {}
+        self._fetches, self._decoding, self._known = {}, {}, {}
         self._device_slab.close()
         self._keeper.give_back(self._host_slab)
-
-
-def _shaped(run: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The beginning of flat uint8 memory, seen as a tensor."""
-    return run[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
