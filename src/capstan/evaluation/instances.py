@@ -71,9 +71,10 @@ class Reference:
 class Instance:
     """One question: its text, possible answers, and which part of the data it belongs to.
 
-    `is_composed`: of a passage and a question. HELM keeps such an instance's perturbed copies also where nothing
-    changed, for it compares two kinds of inputs. `contrasts` are an author's own variants of it, each an input with its references (contrast sets).
-    `extra` is what a metric of this scenario needs beside; it is not part of the identity.
+    `is_composed`: of a passage and a question. HELM keeps such an instance's perturbed copies also where
+    nothing changed, for it compares two kinds of inputs. `contrasts` are an author's own variants of it,
+    each an input with its references (contrast sets). `extra` is what a metric of this scenario needs
+    beside; it is not part of the identity.
     """
 
     input: str

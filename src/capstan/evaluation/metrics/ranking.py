@@ -40,10 +40,12 @@ def ranking_metric(
         order = [state.reference_index or 0 for state in ordered]
         references = states[0].instance.references
         grades = {at: grade for at, each in enumerate(references) if (grade := each.tag_value("relevance"))}
+        # Where grades go beyond 1, a 1 is no answer: relevant to the topic only.
+        least = 2 if multiple_relevance_values else 1
         kept = [at for at in order if rank and (references[at].tag_value("rank") or rank + 1) <= rank]
-        stats = [_measured(name, order, grades, "") for name in measure_names]
+        stats = [_measured(name, order, grades, least, "") for name in measure_names]
         if rank:
-            stats += [_measured(name, kept, grades, f" (topk={rank})") for name in measure_names]
+            stats += [_measured(name, kept, grades, least, f" (topk={rank})") for name in measure_names]
         return stats + [stat(f"ref{at}_rank", place) for place, at in enumerate(order)]
 
     return by_instance(run, measure, wants_references=True)
@@ -58,20 +60,25 @@ def _preference(state: RequestState, yes: str, no: str) -> tuple[int, float]:
     return (1 if said == no.strip().lower() else 0), -completion.logprob
 
 
-def _measured(name: str, order: Sequence[int], grades: Mapping[int, int], suffix: str) -> Stat:
+def _measured(name: str, order: Sequence[int], grades: Mapping[int, int], least: int, suffix: str) -> Stat:
     kind, _, cut = name.partition(".")
     if kind not in _NAMES:
         raise UsageError(
             f"There is no ranking measure {name!r}. Known: {', '.join(_NAMES)}, with .k after it."
         )
     k = int(cut) if cut else None
-    value = ranking_measure(kind, order, grades, k)
+    value = ranking_measure(kind, order, grades, k, least=least)
     return stat(_NAMES[kind] + (f"@{k}" if k else "") + suffix, value)
 
 
-def ranking_measure(kind: str, order: Sequence[int], grades: Mapping[int, int], k: int | None) -> float:
-    """A measure of an order; `grades` says how relevant a passage is, none meaning not."""
-    relevant = {at for at, grade in grades.items() if grade > 0}
+def ranking_measure(
+    kind: str, order: Sequence[int], grades: Mapping[int, int], k: int | None, *, least: int = 1
+) -> float:
+    """A measure of an order; `grades` says how relevant a passage is, none meaning not.
+
+    Below `least` a grade counts as none, but for NDCG, which weighs grades as they are.
+    """
+    relevant = {at for at, grade in grades.items() if grade >= least}
     shown = order[:k]
     if kind == "recip_rank":
         return next((1.0 / place for place, at in enumerate(shown, start=1) if at in relevant), 0.0)
