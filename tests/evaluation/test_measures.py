@@ -103,7 +103,7 @@ def test_a_paired_comparison_counts_by_instance():
         ("other", "", 0): 1.0
     }
     found = paired("run", "exact_match", a, b)
-    assert (found.num_better, found.num_worse, found.sign_p) == (2, 0, 0.5)
+    assert (found.num_higher, found.num_lower, found.sign_p) == (2, 0, 0.5)
     assert found.interval.mean == pytest.approx(2 / 40)
     assert not found.is_clear
     with pytest.raises(InputError, match="share no instance"):

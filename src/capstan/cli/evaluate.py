@@ -256,8 +256,8 @@ def compare(
 ) -> None:
     """Compare two evaluations instance by instance: what did 4 bits cost?
 
-    For each run that both have: both means, the mean difference B − A with its interval, how many instances
-    got better or worse, and the sign test.
+    For each run that both have: both means, the mean difference B − A with its interval, on how many
+    instances B is higher or lower, and the sign test.
     """
     from capstan.evaluation import compare_folders
     from capstan.evaluation.comparison import run_key
@@ -276,7 +276,7 @@ def compare(
 
 def comparison_table(found: list["Difference"]) -> Table:
     """Differences for people."""
-    table = Table("run", "metric", "A", "B", "B − A", "95 % interval", "better / worse", "sign test p")
+    table = Table("run", "metric", "A", "B", "B − A", "95 % interval", "B higher / lower", "sign test p")
     for each in found:
         low, high = each.interval.low, each.interval.high
         table.add_row(
@@ -286,7 +286,7 @@ def comparison_table(found: list["Difference"]) -> Table:
             f"{each.b:.3f}",
             f"{each.interval.mean:+.3f}",
             f"{low:+.3f} … {high:+.3f}" + (" *" if each.is_clear else ""),
-            f"{each.num_better} / {each.num_worse}",
+            f"{each.num_higher} / {each.num_lower}",
             f"{each.sign_p:.2f}",
         )
     return table

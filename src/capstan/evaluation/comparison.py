@@ -21,7 +21,7 @@ Key = tuple[str, str, int]
 class Difference:
     """B less A on one metric of one run.
 
-    `num_better` and `num_worse` count instances; `sign_p` is the two-sided exact sign test's.
+    `num_higher` and `num_lower` count instances; `sign_p` is the two-sided exact sign test's.
     `smallest_seen` is the difference that an interval of this width would just have told from none.
     """
 
@@ -30,8 +30,8 @@ class Difference:
     a: float
     b: float
     interval: Interval
-    num_better: int
-    num_worse: int
+    num_higher: int
+    num_lower: int
     sign_p: float
 
     @property
@@ -47,7 +47,7 @@ class Difference:
         """Plain data."""
         own = {
             name: getattr(self, name)
-            for name in ("run", "metric", "a", "b", "num_better", "num_worse", "sign_p")
+            for name in ("run", "metric", "a", "b", "num_higher", "num_lower", "sign_p")
         }
         return own | {"difference": self.interval.to_dict(), "smallest_seen": self.smallest_seen}
 
@@ -70,17 +70,17 @@ def paired(run: str, metric: str, a: Mapping[Key, float], b: Mapping[Key, float]
         for _, pairs in sorted(by_instance.items())
     ]
     differences = [y - x for x, y in means]
-    better, worse = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
-    count = better + worse
+    higher, lower = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
+    count = higher + lower
     return Difference(
         run=run,
         metric=metric,
         a=sum(x for x, _ in means) / len(means),
         b=sum(y for _, y in means) / len(means),
         interval=bootstrap(differences),
-        num_better=better,
-        num_worse=worse,
-        sign_p=float(binomtest(better, count).pvalue) if count else 1.0,
+        num_higher=higher,
+        num_lower=lower,
+        sign_p=float(binomtest(higher, count).pvalue) if count else 1.0,
     )
 
 

@@ -254,7 +254,13 @@ def language_modeling_metric(run: Answered, *, names: Sequence[str] = ()) -> Mea
         found = [*request_stats(run, state), *probability_stats(state)]
         stats = [each.in_context(context) for each in found]
         ids[context].add(state.instance.id)
-        per_instance.append(InstanceStats(instance=state.instance, train_trial=0, stats=tuple(stats)))
+        # Of each text too, so that two models can be compared text by text; the run's figure is of the sums.
+        own_bits = perplexity_stats({each.name.name: each for each in stats})
+        shown = (
+            *stats,
+            *(each.in_context(context) for each in own_bits if each.name.name == "bits_per_byte"),
+        )
+        per_instance.append(InstanceStats(instance=state.instance, train_trial=0, stats=shown))
         for each in stats:
             merge_into(totals, each)
     for context in ids:

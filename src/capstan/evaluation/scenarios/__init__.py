@@ -13,13 +13,17 @@ from capstan.errors import InputError, UsageError, unknown_name
 from capstan.evaluation.instances import Instance
 from capstan.evaluation.perturbations import perturbation_sets
 from capstan.evaluation.scenarios import (
+    brackets,
     choices,
+    entities,
     generators,
+    grammar,
     harms,
     labels,
     question_answering,
     reasoning,
     retrieval,
+    stereotypes,
     summaries,
     texts,
 )
@@ -47,12 +51,16 @@ __all__ = [
 SCENARIOS: tuple[Scenario, ...] = (
     *question_answering.SCENARIOS,
     *choices.SCENARIOS,
+    *grammar.SCENARIOS,
+    *stereotypes.SCENARIOS,
     *labels.SCENARIOS,
     *retrieval.SCENARIOS,
     *summaries.SCENARIOS,
     *texts.SCENARIOS,
     *generators.SCENARIOS,
+    *brackets.SCENARIOS,
     *reasoning.SCENARIOS,
+    *entities.SCENARIOS,
     *harms.SCENARIOS,
 )
 _ADAPTER_SETTINGS = {

@@ -65,18 +65,21 @@ def table_scenario(path: Path) -> Scenario:
         InputError: fields are missing or unknown.
     """
     told = read_yaml(path)
-    unknown, missing = set(told) - _KNOWN, {"name", "data", "input", "answer"} - set(told)
+    is_text = told.get("adapter", {}).get("method") == "language_modeling"
+    needed = {"name", "data", "input"} | (set() if is_text else {"answer"})
+    unknown, missing = set(told) - _KNOWN, needed - set(told)
     if unknown or missing:
         words = [f"lacks {', '.join(sorted(missing))}"] if missing else []
         words += [f"has the unknown {', '.join(sorted(unknown))}"] if unknown else []
         raise InputError(f"{path} {' and '.join(words)}. Known: {', '.join(sorted(_KNOWN))}.")
-    metrics = told.get("metrics", ["exact_match", "quasi_exact_match", "f1_score"])
+    usual = ["bits_per_byte"] if is_text else ["exact_match", "quasi_exact_match", "f1_score"]
+    metrics = told.get("metrics", usual)
     name = str(told["name"])
     spec = RunSpec(
         name=name,
         scenario_spec=ScenarioSpec(class_name=TABLE_CLASS, args={"path": str(path)}),
         adapter_spec=_adapter(told, path),
-        metric_specs=asking.basic(*metrics),
+        metric_specs=asking.texts() if is_text else asking.basic(*metrics),
         groups=(name,),
     )
     return Scenario(
@@ -135,6 +138,8 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def _instance(told: Mapping[str, Any], row: Mapping[str, Any], split: str, where: str) -> Instance:
     text = filled(told["input"], row, where)
+    if "answer" not in told:
+        return Instance(input=text, split=split)
     answer = _field(row, told["answer"], where)
     if "choices" not in told:
         texts = answer if isinstance(answer, list) else [answer]
