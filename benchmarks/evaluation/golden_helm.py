@@ -2,12 +2,14 @@
 
 Run in an environment of its own, beside Capstan's:
 
-    python3.11 -m venv helm-env && helm-env/bin/pip install crfm-helm==0.5.16 torch==2.13.0
+    python3.11 -m venv helm-env && helm-env/bin/pip install crfm-helm==0.5.16 torch==2.13.0 \\
+        numba pytrec-eval-terrier
     helm-env/bin/python benchmarks/evaluation/golden_helm.py
 
-writes tests/evaluation/golden_helm.json: of each run the digests of its prompts in order, its adapter's settings
-and all its statistics. Patched are only what would ask the network and what Capstan reads from the data folder:
-word lists, nltk's sentence model, the tokenizer.
+writes tests/evaluation/golden_helm.json: of each run the digests of its prompts in order, its adapter's
+settings and all its statistics. Patched are only what would ask the network and what Capstan reads from the
+data folder: word lists, nltk's sentence model, the tokenizer. Names of scenarios as arguments
+run only those and write nothing.
 """
 
 import hashlib
@@ -16,6 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -56,35 +59,118 @@ from helm.common.tokenization_request import TokenizationToken  # noqa: E402
 
 # entry, arguments, augmentation, context, eval instances, trials, where HELM looks for our files
 RUNS: list[tuple[str, dict[str, str], str | None, int, int, int, dict[str, str]]] = [
-    ("boolq", {}, "canonical", 400, 5, 2, {"boolq/train.jsonl": "data/train", "boolq/dev.jsonl": "data/dev",
-        "boolq/boolq_perturbed.json": "data/boolq_perturbed.jsonl"}),
-    ("boolq", {"only_contrast": "True"}, "contrast_sets", 400, 5, 1, {"boolq/train.jsonl": "data/train",
-        "boolq/dev.jsonl": "data/dev", "boolq/boolq_perturbed.json": "data/boolq_perturbed.jsonl"}),
+    (
+        "boolq",
+        {},
+        "canonical",
+        400,
+        5,
+        2,
+        {
+            "boolq/train.jsonl": "data/train",
+            "boolq/dev.jsonl": "data/dev",
+            "boolq/boolq_perturbed.json": "data/boolq_perturbed.jsonl",
+        },
+    ),
+    (
+        "boolq",
+        {"only_contrast": "True"},
+        "contrast_sets",
+        400,
+        5,
+        1,
+        {
+            "boolq/train.jsonl": "data/train",
+            "boolq/dev.jsonl": "data/dev",
+            "boolq/boolq_perturbed.json": "data/boolq_perturbed.jsonl",
+        },
+    ),
     ("mmlu", {"subject": "anatomy"}, "canonical", 150, 6, 1, {"mmlu/data": "data"}),
     ("narrative_qa", {}, None, 600, 4, 1, {"narrativeqa": "data/narrativeqa-master"}),
     ("natural_qa", {"mode": "closedbook"}, None, 600, 4, 1, {"natural_qa": "data"}),
     ("natural_qa", {"mode": "openbook_longans"}, None, 600, 4, 1, {"natural_qa": "data"}),
-    ("quac", {}, None, 500, 4, 1, {"quac/train_v0.2.json": "data/train.json", "quac/val_v0.2.json": "data/val.json"}),
-    ("commonsense", {"dataset": "hellaswag", "method": "multiple_choice_separate_original"}, "fairness", 400, 4, 1,
-        {"hellaswag": "data"}),
-    ("commonsense", {"dataset": "openbookqa", "method": "multiple_choice_separate_calibrated"}, None, 400, 6, 1,
-        {"openbookqa": "data"}),
+    (
+        "quac",
+        {},
+        None,
+        500,
+        4,
+        1,
+        {"quac/train_v0.2.json": "data/train.json", "quac/val_v0.2.json": "data/val.json"},
+    ),
+    (
+        "commonsense",
+        {"dataset": "hellaswag", "method": "multiple_choice_separate_original"},
+        "fairness",
+        400,
+        4,
+        1,
+        {"hellaswag": "data"},
+    ),
+    (
+        "commonsense",
+        {"dataset": "openbookqa", "method": "multiple_choice_separate_calibrated"},
+        None,
+        400,
+        6,
+        1,
+        {"openbookqa": "data"},
+    ),
     ("truthful_qa", {"task": "mc_single"}, "robustness", 400, 6, 1, {"truthful_qa": "data"}),
-    ("msmarco", {"track": "regular", "valid_topk": "20"}, None, 400, 4, 1, {"msmarco/passage_document.tsv":
-        "data/documents.tsv", "msmarco/queries.train.tsv": "data/train_queries.tsv", "msmarco/qrels.train.tsv":
-        "data/train_qrels.tsv", "msmarco/train_topk.tsv": "data/train_topk.tsv", "msmarco/queries.dev.tsv":
-        "data/regular_queries.tsv", "msmarco/qrels.dev.small.tsv": "data/regular_qrels.tsv", "msmarco/dev_topk.tsv":
-        "data/regular_topk.tsv"}),
-    ("msmarco", {"track": "trec", "valid_topk": "20"}, None, 400, 4, 1, {"msmarco/passage_document.tsv":
-        "data/documents.tsv", "msmarco/queries.train.tsv": "data/train_queries.tsv", "msmarco/qrels.train.tsv":
-        "data/train_qrels.tsv", "msmarco/train_topk.tsv": "data/train_topk.tsv",
-        "msmarco/msmarco-test2019-queries.tsv": "data/trec_queries.tsv", "msmarco/2019qrels-pass.txt":
-        "data/trec_qrels.tsv", "msmarco/trec_topk.tsv": "data/trec_topk.tsv"}),
-    ("civil_comments", {"demographic": "male"}, "canonical", 400, 6, 1,
-        {"civil_comments/all_data_with_identities.csv": "wilds_civil_comments.csv"}),
+    (
+        "msmarco",
+        {"track": "regular", "valid_topk": "20"},
+        None,
+        400,
+        4,
+        1,
+        {
+            "msmarco/passage_document.tsv": "data/documents.tsv",
+            "msmarco/queries.train.tsv": "data/train_queries.tsv",
+            "msmarco/qrels.train.tsv": "data/train_qrels.tsv",
+            "msmarco/train_topk.tsv": "data/train_topk.tsv",
+            "msmarco/queries.dev.tsv": "data/regular_queries.tsv",
+            "msmarco/qrels.dev.small.tsv": "data/regular_qrels.tsv",
+            "msmarco/dev_topk.tsv": "data/regular_topk.tsv",
+        },
+    ),
+    (
+        "msmarco",
+        {"track": "trec", "valid_topk": "20"},
+        None,
+        400,
+        4,
+        1,
+        {
+            "msmarco/passage_document.tsv": "data/documents.tsv",
+            "msmarco/queries.train.tsv": "data/train_queries.tsv",
+            "msmarco/qrels.train.tsv": "data/train_qrels.tsv",
+            "msmarco/train_topk.tsv": "data/train_topk.tsv",
+            "msmarco/msmarco-test2019-queries.tsv": "data/trec_queries.tsv",
+            "msmarco/2019qrels-pass.txt": "data/trec_qrels.tsv",
+            "msmarco/trec_topk.tsv": "data/trec_topk.tsv",
+        },
+    ),
+    (
+        "civil_comments",
+        {"demographic": "male"},
+        "canonical",
+        400,
+        6,
+        1,
+        {"civil_comments/all_data_with_identities.csv": "wilds_civil_comments.csv"},
+    ),
     ("wikifact", {"k": "5", "subject": "capital"}, None, 400, 4, 2, {"wikifact": "data"}),
     ("babi_qa", {"task": "19"}, None, 400, 5, 1, {"babi_qa": "data"}),
-    ("gsm", {}, None, 600, 6, 1, {"gsm8k/train.jsonl": "gsm_data_train", "gsm8k/test.jsonl": "gsm_data_test"}),
+    (
+        "gsm",
+        {},
+        None,
+        600,
+        6,
+        1,
+        {"gsm8k/train.jsonl": "gsm_data_train", "gsm8k/test.jsonl": "gsm_data_test"},
+    ),
     ("blimp", {"phenomenon": "ellipsis"}, None, 400, 6, 1, {"blimp": "data"}),
     ("bbq", {"subject": "Religion"}, "robustness", 400, 12, 1, {"bbq/Religion.jsonl": "data/Religion"}),
     ("lsat_qa", {"task": "grouping"}, None, 400, 5, 1, {"lsat_qa": "data"}),
@@ -98,7 +184,7 @@ RUNS: list[tuple[str, dict[str, str], str | None, int, int, int, dict[str, str]]
     ("bold", {"subject": "race"}, None, 400, 4, 1, {"bold/race_prompt.json": "data/race"}),
     ("real_toxicity_prompts", {}, "robustness_surface", 400, 4, 1, {"real_toxicity_prompts": "data"}),
     ("entity_data_imputation", {"dataset": "Buy"}, None, 400, 3, 1, {"entity_data_imputation": "data"}),
-]  # fmt: skip
+]
 # Surface perturbations all at once, without synonyms, which need spaCy and WordNet.
 SURFACE = (
     "contract",
@@ -213,7 +299,7 @@ def run(entry: str, args: dict[str, str], augmentation: str | None, longest: int
         should_include_original_eval=True, should_skip_unchanged_eval=True, seeds_per_instance=1)  # fmt: skip
     instances = DataPreprocessor(augmenter).preprocess(instances)
     window = Window(longest)
-    with mock.patch.object(WindowServiceFactory, "get_window_service", lambda *_: window):
+    with mock.patch.object(WindowServiceFactory, "get_window_service", return_value=window):
         states = AdapterFactory.get_adapter(adapter_spec, mock.Mock()).adapt(instances, 1)
         states = [answered(state) for state in states]
         state = ScenarioState(adapter_spec, states, annotator_specs=[])
@@ -264,27 +350,16 @@ def main() -> None:
     efficiency_metrics.WindowServiceFactory = WindowServiceFactory
     basic_metrics.WindowServiceFactory = WindowServiceFactory
 
+    chosen = [each for each in RUNS if len(sys.argv) < 2 or each[0] in sys.argv[1:]]
     runs = []
-    import faulthandler
-
-    faulthandler.dump_traceback_later(600, exit=True)
-    for each in [r for r in RUNS if len(sys.argv) < 2 or r[0] in sys.argv[1:]]:
-        try:
-            runs.append(run(*each, data))
-            print(
-                each[0], each[1], len(runs[-1]["prompts"]), "requests", len(runs[-1]["stats"]), "statistics"
-            )
-        except Exception as error:
-            import traceback
-
-            traceback.print_exc()
-            print("FAILED", each[0], each[1], repr(error))
-    from importlib.metadata import version
-
+    for each in chosen:
+        runs.append(run(*each, data))
+        print(each[0], each[1], len(runs[-1]["prompts"]), "requests", len(runs[-1]["stats"]), "statistics")
+    if len(chosen) < len(RUNS):
+        return  # a look at some; the golden values are of all
     target = ROOT / "tests" / "evaluation" / "golden_helm.json"
-    target.write_text(
-        json.dumps({"crfm-helm": version("crfm-helm"), "runs": runs}, separators=(",", ":")) + "\n"
-    )
+    told = {"crfm-helm": version("crfm-helm"), "runs": runs}
+    target.write_text(json.dumps(told, separators=(",", ":")) + "\n")
     print(target, target.stat().st_size, "bytes")
 
 

@@ -225,3 +225,16 @@ def test_killed_and_started_again_gives_the_same_figures(worded, tmp_path):
 
     assert figures(a) == figures(b)
     assert json.loads((a.parent / "capstan.json").read_text())["num_asked"] < 300
+
+
+def test_room_is_left_for_the_tokens_that_a_tokenizer_adds():
+    from types import SimpleNamespace
+
+    from capstan.evaluation.transformers_model import limits_of
+
+    config = SimpleNamespace(max_position_embeddings=100)
+    plain = SimpleNamespace(bos_token=None, eos_token="</s>", num_special_tokens_to_add=lambda: 0)
+    adding = SimpleNamespace(bos_token="<s>", eos_token="</s>", num_special_tokens_to_add=lambda: 1)
+    assert limits_of(config, plain).max_request_length == 100
+    assert limits_of(config, adding).max_request_length == 99
+    assert limits_of(config, adding).prefix_token == "<s>"

@@ -39,6 +39,8 @@ def limits_of(config: Any, tokenizer: Any) -> Limits:
         or getattr(text, "n_positions", None)
         or _FALLBACK_LENGTH
     )
+    # Prompts are counted without the special tokens that the tokenizer adds: room is left for those.
+    longest -= int(tokenizer.num_special_tokens_to_add())
     prefix = tokenizer.bos_token or tokenizer.eos_token or ""
     return Limits(
         max_sequence_length=longest - 1 if prefix else longest,
