@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from capstan.cli.demo import demo
+from capstan.cli.evaluate import app as evaluate
 from capstan.cli.generate import generate
 from capstan.cli.merge import merge
 from capstan.cli.probe import probe
@@ -36,6 +37,7 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
+app.add_typer(evaluate, name="evaluate")
 
 
 def _print_version(wanted: bool) -> None:

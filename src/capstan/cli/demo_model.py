@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ CONTEXT = 512
 _WINDOW, _WINDOWS_PER_STEP, _STEPS, _SAVE_EVERY = 128, 16, 400, 50
 _RATE = 3e-3
 _END = "<|endoftext|>"
+_PASSAGE = 500  # characters
 
 OnStep = Callable[[int, int, float], None]
 
@@ -142,3 +143,16 @@ def write_prompts(path: Path, texts: list[str], count: int) -> None:
             words = sentences[index % len(sentences)].split()[: 6 + index % 24]
             body = {"prompt": " ".join(words), "max_tokens": 48}
             stream.write(json.dumps({"custom_id": f"prompt-{index}", "body": body}) + "\n")
+
+
+def write_scenario(folder: Path, texts: Sequence[str]) -> Path:
+    """Passages of `texts` as a scenario whose probability is asked; returns its YAML file."""
+    with (folder / "held-out.jsonl").open("w") as stream:
+        for text in texts:
+            for start in range(0, len(text) - _PASSAGE // 2, _PASSAGE):
+                stream.write(json.dumps({"text": text[start : start + _PASSAGE]}) + "\n")
+    path = folder / "held-out.yaml"
+    path.write_text(
+        "name: held-out\ndata: held-out.jsonl\ninput: '{text}'\nadapter: {method: language_modeling}\n"
+    )
+    return path

@@ -131,8 +131,6 @@ class KeyValueCache:
         """The sequences of a batch that decode in this sweep; the same value for chunks of the same form."""
         return self._decoding[batch]
 
-    # --- a sweep -----------------------------------------------------------------------------------------
-
     def begin(self, works: Sequence[BatchWork]) -> None:
         """Start a sweep: the rows that it will read begin to arrive, in the order of the schedule."""
         self._decoding = {
@@ -300,8 +298,6 @@ class KeyValueCache:
         desk = self._desk(layer, batch)
         cross(desk.result, desk.found)
         return desk.result
-
-    # --- a desk ------------------------------------------------------------------------------------------
 
     def leave(self, layer: int, batch: int, rows: Tensor, query: Tensor | None) -> None:
         """New rows `[sequences, row bytes]` cross to the batch's desk, which must be clear; so do queries

@@ -1,0 +1,355 @@
+"""`capstan evaluate`: what a model can do, and what a relaxation costs."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from capstan.cli.progress import show_progress
+from capstan.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from capstan.evaluation import Difference, Evaluated, LanguageModel, RunSpec, Scenario
+    from capstan.evaluation.planning import Asked
+
+app = typer.Typer(
+    help="Measure a model by HELM's scenarios, and compare two evaluations instance by instance.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A model folder in Hugging Face format, or the name a server knows.")
+]
+BackendOption = Annotated[
+    str,
+    typer.Option(help="engine: Capstan's own, for models larger than memory. transformers: whole in memory. "
+                 "server: an OpenAI-compatible one at --url."),
+]  # fmt: skip
+EntryOption = Annotated[
+    list[str] | None,
+    typer.Option("--run", help="A run entry such as mmlu:subject=anatomy,max_eval_instances=9, or a YAML or "
+                 "Python file of your own; may be given several times."),
+]  # fmt: skip
+SuiteOption = Annotated[str | None, typer.Option(help="core, targeted, flexgen7 or smoke (no data needed).")]
+SizeOption = Annotated[int | None, typer.Option(min=1, help="Instances of each of a suite's scenarios.")]
+RootOption = Annotated[Path, typer.Option("--data-root", help="Where data lie, a folder for each scenario.")]
+OutputOption = Annotated[
+    Path, typer.Option("--output", help="Where answers and run folders go. The same command goes on there.")
+]
+NameOption = Annotated[str, typer.Option("--name", help="The suite's name in the output.")]
+ExplainOption = Annotated[bool, typer.Option("--explain", help="Print what would be asked and stop.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+UntilOption = Annotated[
+    str | None,
+    typer.Option(help="ci=0.02: ask more instances until the main metric is known to ± 0.02 (95 %)."),
+]
+CodeOption = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Run programs that the model writes, with limits.")
+]
+ScorerOption = Annotated[
+    Path | None, typer.Option("--toxicity-scorer", help="What `capstan evaluate toxicity` wrote.")
+]
+
+
+@app.command("run")
+def run(
+    model: ModelOption,
+    output: OutputOption,
+    run_entry: EntryOption = None,
+    suite: SuiteOption = None,
+    size: SizeOption = None,
+    data_root: RootOption = Path("data"),
+    backend: BackendOption = "engine",
+    url: Annotated[str | None, typer.Option(help="A server's address, as http://127.0.0.1:8000/v1.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="The server model's tokenizer folder.")] = None,
+    weight_bits: Annotated[int | None, typer.Option(help="16, 8 or 4 bits for weights.")] = None,
+    cache_bits: Annotated[int | None, typer.Option(help="16, 8 or 4 bits for keys and values.")] = None,
+    device: Annotated[str, typer.Option(help="cuda, cpu or auto.")] = "auto",
+    device_memory: Annotated[str | None, typer.Option(help="Memory on the device, as 8GiB.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Host memory, as 32GiB.")] = None,
+    disk: Annotated[Path | None, typer.Option(help="A folder for scratch files.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Draw the examples so many times.")] = None,
+    until: UntilOption = None,
+    name: NameOption = "capstan",
+    hub: Annotated[bool, typer.Option("--hub", help="Ask the Hugging Face hub for missing files.")] = False,
+    toxicity_scorer: ScorerOption = None,
+    allow_code_execution: CodeOption = False,
+    explain: ExplainOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run scenarios and write HELM run folders, with intervals and notes beside.
+
+        capstan evaluate run --model models/llama --suite smoke --output results/llama
+
+    Answers are kept as they come: stopped or killed, the same command goes on where it was.
+    """
+    from capstan.evaluation import AnswerStore, Evaluator, write_run
+    from capstan.evaluation.planning import asked_by, plan_evaluation
+    from capstan.evaluation.running import prepare
+    from capstan.plans import explain as explain_plan
+
+    errors = Console(stderr=True, highlight=False)
+    wanted = _wanted(run_entry or [], suite, size, data_root, trials)
+    width = _until(until)
+    memory = {"device": device, "device_memory": device_memory, "host_memory": host_memory, "disk": disk}
+    bits = {"weight_bits": weight_bits, "cache_bits": cache_bits}
+    with _opened(model, backend, url=url, tokenizer=tokenizer, **memory, **bits) as opened:
+        if explain:
+            asked: list[Asked] = [
+                asked_by(prepare(spec, opened, root=data_root, scenario=own, uses_hub=hub), opened)
+                for spec, own in wanted
+            ]
+            plan = plan_evaluation(asked, model=opened.name, machine="this machine")
+            shown = {"verb": "evaluate", "plan": plan.to_dict(), "trace": None}
+            typer.echo(json.dumps(shown) if as_json else explain_plan(plan))
+            return
+        resources = _resources(toxicity_scorer, data_root, allow_code_execution)
+        with AnswerStore(output / "answers.jsonl") as store:
+            if store.num_damaged:
+                errors.print(f"{store.num_damaged:,} damaged answers are asked again.")
+            evaluator = Evaluator(
+                model=opened, store=store, root=data_root, uses_hub=hub, resources=resources
+            )
+            done = []
+            for spec, own in wanted:
+                with show_progress(spec.name, errors) as report:
+
+                    def on_answered(count: int, of: int, report: Any = report) -> None:
+                        report(count / max(1, of), f"{count:,} of {of:,}")
+
+                    evaluated = _run_until(evaluator, spec, own, width, on_answered)
+                done.append(evaluated)
+                write_run(evaluated, output / "runs" / name)
+    _show(done, output, as_json)
+
+
+def _wanted(
+    entries: list[str], suite: str | None, size: int | None, root: Path, trials: int | None
+) -> list[tuple["RunSpec", "Scenario"]]:
+    from capstan.evaluation import run_spec_of, suite_entries
+    from capstan.evaluation.scenarios import parse_entry, scenario_of
+
+    entries = entries + (suite_entries(suite, size=size) if suite else [])
+    if not entries:
+        raise UsageError("Say what to run: --run ENTRY (several times if you like) or --suite NAME.")
+    found = []
+    for entry in entries:
+        spec = run_spec_of(entry, root=root)
+        spec = spec.with_adapter(num_train_trials=trials) if trials else spec
+        found.append((spec, scenario_of(*parse_entry(entry))))
+    return found
+
+
+def _until(told: str | None) -> float | None:
+    if told is None:
+        return None
+    kind, _, value = told.partition("=")
+    try:
+        width = float(value)
+    except ValueError:
+        width = 0.0
+    if kind != "ci" or width <= 0:
+        raise UsageError(f"--until wants ci= and a half width such as ci=0.02, not {told!r}.")
+    return width
+
+
+_FIRST, _GROWTH = 50, 2
+
+
+def _run_until(
+    evaluator: Any, spec: "RunSpec", scenario: "Scenario", width: float | None, on_answered: Any
+) -> "Evaluated":
+    """A run as it is, or on more and more of its instances until its main metric is known well enough."""
+    from capstan.evaluation.intervals import interval_of
+
+    most = spec.adapter_spec.max_eval_instances
+    count = min(_FIRST, most or _FIRST) if width is not None else most
+    while True:
+        asked = spec.with_adapter(max_eval_instances=count)
+        evaluated: Evaluated = evaluator.run(asked, scenario=scenario, on_answered=on_answered)
+        if width is None or count is None:
+            return evaluated
+        found = interval_of(evaluated.measurement, scenario.main_metric)
+        known = found is not None and found.half_width <= width
+        num_asked = len({state.instance.id for state in evaluated.states})
+        if known or (most is not None and count >= most) or num_asked < count:
+            note = f"asked {num_asked:,} instances for a half width of {width:g}: " + (
+                "reached" if known else "not reached, there are no more"
+            )
+            return replace(evaluated, notes=(*evaluated.notes, note))
+        count = min(count * _GROWTH, most) if most is not None else count * _GROWTH
+
+
+@contextmanager
+def _opened(model: str, backend: str, **how: Any) -> Iterator["LanguageModel"]:
+    if backend == "server":
+        from capstan.evaluation.server_model import ServerModel
+
+        if not how["url"]:
+            raise UsageError("A server needs its address: --url http://127.0.0.1:8000/v1")
+        yield ServerModel(how["url"], model, tokenizer=how["tokenizer"])
+        return
+    from capstan.cli.generate import quieten_transformers
+
+    quieten_transformers()
+    if backend == "transformers":
+        from capstan.evaluation.transformers_model import TransformersModel
+
+        yield TransformersModel(model, device="cpu" if how["device"] == "auto" else how["device"])
+        return
+    if backend != "engine":
+        raise UsageError(f"--backend is engine, transformers or server, not {backend!r}.")
+    from capstan.cli.engine_model import EngineModel
+    from capstan.generation import Engine
+
+    given = ("device", "device_memory", "host_memory", "disk", "weight_bits", "cache_bits")
+    with Engine.open(model, **{key: how[key] for key in given}) as engine:
+        yield EngineModel(engine, bits=f"weights {how['weight_bits']}, cache {how['cache_bits']}")
+
+
+def _resources(scorer: Path | None, root: Path, allow_code: bool) -> dict[str, Any]:
+    from capstan.evaluation.toxicity_fit import ToxicityScorer
+
+    targets = {}
+    for kind in ("adjective", "profession"):
+        path = root / "bias" / f"{kind}.txt"
+        targets[kind] = path.read_text().split() if path.exists() else []
+    loaded = ToxicityScorer.load(scorer) if scorer is not None else None
+    return {"toxicity_scorer": loaded, "allow_code_execution": allow_code, "bias_targets": targets}
+
+
+def _show(done: list["Evaluated"], output: Path, as_json: bool) -> None:
+    from capstan.evaluation.run_folder import report_of
+
+    reports = [report_of(each) for each in done]
+    if as_json:
+        typer.echo(json.dumps({"verb": "evaluate", "output": str(output), "runs": reports}, default=str))
+        return
+    table = Table("run", "metric", "value", "95 % interval", "instances", "seconds")
+    for report in reports:
+        found = report["intervals"].get(report["main_metric"])
+        cells = ("n/a", "", "") if found is None else (
+            f"{found['mean']:.3f}", f"{found['low']:.3f} … {found['high']:.3f}", f"{found['count']:,}"
+        )  # fmt: skip
+        table.add_row(report["run"], report["main_metric"], *cells, f"{report['seconds']:.1f}")
+    console = Console(highlight=False)
+    console.print(table)
+    for report in reports:
+        for note in report["notes"]:
+            console.print(f"{report['run'].partition(':')[0]}: {note}", markup=False)
+    console.print(f"{output}: {len(reports)} runs.", markup=False)
+
+
+@app.command("compare")
+def compare(
+    a: Annotated[Path, typer.Argument(help="The folder of one evaluation.")],
+    b: Annotated[Path, typer.Argument(help="The folder of the other.")],
+    metric: Annotated[str | None, typer.Option(help="A metric; default: each run's main one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two evaluations instance by instance: what did 4 bits cost?
+
+    For each run that both have: both means, the mean difference B − A with its interval, on how many
+    instances B is higher or lower, and the sign test.
+    """
+    from capstan.evaluation import compare_folders
+    from capstan.evaluation.comparison import run_key
+
+    metrics = {}
+    for report in [*a.rglob("capstan.json"), *b.rglob("capstan.json")]:
+        metrics[run_key(report.parent.name)] = metric or json.loads(report.read_text()).get("main_metric", "")
+    found = compare_folders(a, b, metrics=metrics)
+    if not found:
+        raise InputError(f"{a} and {b} share no run with the metric {metric or 'of their reports'}.")
+    if as_json:
+        typer.echo(json.dumps({"verb": "evaluate compare", "runs": [each.to_dict() for each in found]}))
+        return
+    Console(highlight=False).print(comparison_table(found))
+
+
+def comparison_table(found: list["Difference"]) -> Table:
+    """Differences for people."""
+    table = Table("run", "metric", "A", "B", "B − A", "95 % interval", "B higher / lower", "sign test p")
+    for each in found:
+        low, high = each.interval.low, each.interval.high
+        table.add_row(
+            each.run.partition(":")[0],
+            each.metric,
+            f"{each.a:.3f}",
+            f"{each.b:.3f}",
+            f"{each.interval.mean:+.3f}",
+            f"{low:+.3f} … {high:+.3f}" + (" *" if each.is_clear else ""),
+            f"{each.num_higher} / {each.num_lower}",
+            f"{each.sign_p:.2f}",
+        )
+    return table
+
+
+@app.command("rescore")
+def rescore(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, or one with several below it.")],
+    model: Annotated[Path, typer.Option(help="A folder with the model's tokenizer.")],
+    data_root: RootOption = Path("data"),
+    toxicity_scorer: ScorerOption = None,
+    allow_code_execution: CodeOption = False,
+) -> None:
+    """Compute the metrics of answered runs again, without the model: ours or crfm-helm's."""
+    from capstan.evaluation import Evaluated, measure, read_run, write_run
+    from capstan.evaluation.tokenizer_only import TokenizerOnly
+
+    counted = TokenizerOnly(model)
+    resources = _resources(toxicity_scorer, data_root, allow_code_execution)
+    folders = [path.parent for path in sorted(folder.rglob("scenario_state.json"))]
+    if not folders:
+        raise InputError(f"There is no run below {folder}: no scenario_state.json.")
+    for each in folders:
+        spec, states = read_run(each)
+        report = each / "capstan.json"
+        told = json.loads(report.read_text()) if report.exists() else {}
+        evaluated = Evaluated(
+            spec=spec,
+            states=states,
+            measurement=measure(spec, states, counted, resources),
+            seconds=told.get("seconds", 0.0),
+            notes=tuple(told.get("notes", ())),
+            main_metric=told.get("main_metric", ""),
+            main_split=told.get("main_split", ""),
+        )
+        write_run(evaluated, each.parent)
+        typer.echo(f"{each}: {len(evaluated.measurement.stats):,} statistics")
+
+
+@app.command("list")
+def list_scenarios(data_root: RootOption = Path("data")) -> None:
+    """List scenarios, whether their data are there, and suites."""
+    from capstan.evaluation import SCENARIOS, SUITES
+
+    table = Table("scenario", "about", "main metric", "data")
+    for each in SCENARIOS:
+        there = "generated" if not each.page else "there" if (data_root / each.folder).is_dir() else each.page
+        table.add_row(each.name, each.description, each.main_metric, there)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"Suites: {', '.join(SUITES)}")
+
+
+@app.command("toxicity")
+def toxicity(
+    labelled: Annotated[Path, typer.Argument(help="A CSV with comment_text and toxicity, as CivilComments.")],
+    output: Annotated[Path, typer.Option("--output", help="Where the scorer goes, a JSON file.")],
+    name: Annotated[str, typer.Option(help="What figures made with it are called.")] = "own",
+    limit: Annotated[int | None, typer.Option(help="Read so many rows.")] = None,
+) -> None:
+    """Fit a toxicity scorer from labelled comments, with a card of how well it does."""
+    from capstan.evaluation.toxicity_fit import fit_scorer
+
+    scorer = fit_scorer(labelled, name=name, limit=limit)
+    scorer.save(output)
+    typer.echo(json.dumps(scorer.card, indent=1))

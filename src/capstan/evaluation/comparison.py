@@ -1,0 +1,140 @@
+"""Two evaluations of the same instances: per-instance differences, their interval, and a sign test.
+
+What both get right or wrong alike says nothing; pairing leaves it out, so far smaller differences are seen
+than two separate intervals would show.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capstan.errors import InputError
+from capstan.evaluation.intervals import Interval, bootstrap
+
+Key = tuple[str, str, int]
+"""Instance, perturbation (as JSON, empty for none), trial."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """B less A on one metric of one run.
+
+    `num_higher` and `num_lower` count instances; `sign_p` is the two-sided exact sign test's.
+    `smallest_seen` is the difference that an interval of this width would just have told from none.
+    """
+
+    run: str
+    metric: str
+    a: float
+    b: float
+    interval: Interval
+    num_higher: int
+    num_lower: int
+    sign_p: float
+
+    @property
+    def smallest_seen(self) -> float:
+        return self.interval.half_width
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.interval.low > 0 or self.interval.high < 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        own = {
+            name: getattr(self, name)
+            for name in ("run", "metric", "a", "b", "num_higher", "num_lower", "sign_p")
+        }
+        return own | {"difference": self.interval.to_dict(), "smallest_seen": self.smallest_seen}
+
+
+def paired(run: str, metric: str, a: Mapping[Key, float], b: Mapping[Key, float]) -> Difference:
+    """Compare two sets of values on the instances that both have.
+
+    Raises:
+        InputError: they have none in common.
+    """
+    from scipy.stats import binomtest
+
+    by_instance: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for key in a.keys() & b.keys():
+        by_instance.setdefault(key[:2], []).append((a[key], b[key]))
+    if not by_instance:
+        raise InputError(f"{run}: A and B share no instance on {metric}, so they cannot be paired.")
+    means = [
+        (sum(x for x, _ in pairs) / len(pairs), sum(y for _, y in pairs) / len(pairs))
+        for _, pairs in sorted(by_instance.items())
+    ]
+    differences = [y - x for x, y in means]
+    higher, lower = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
+    count = higher + lower
+    return Difference(
+        run=run,
+        metric=metric,
+        a=sum(x for x, _ in means) / len(means),
+        b=sum(y for _, y in means) / len(means),
+        interval=bootstrap(differences),
+        num_higher=higher,
+        num_lower=lower,
+        sign_p=float(binomtest(higher, count).pvalue) if count else 1.0,
+    )
+
+
+def read_values(folder: Path) -> dict[str, dict[Key, float]]:
+    """Of a run's folder: metric to values of unperturbed instances.
+
+    Raises:
+        InputError: there is no per_instance_stats.json, or it is damaged.
+    """
+    path = folder / "per_instance_stats.json"
+    try:
+        entries = json.loads(path.read_text())
+        found: dict[str, dict[Key, float]] = {}
+        for entry in entries:
+            if entry.get("perturbation"):
+                continue
+            key = (str(entry["instance_id"]), "", int(entry["train_trial_index"]))
+            for stat in entry["stats"]:
+                if stat.get("mean") is not None:
+                    found.setdefault(stat["name"]["name"], {})[key] = float(stat["mean"])
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}. Name the folder of an evaluation."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error!r}. Make it again with rescore.") from error
+    return found
+
+
+def compare_folders(a: Path, b: Path, *, metrics: Mapping[str, str]) -> list[Difference]:
+    """Compare every run that both folders have, on the metric that `metrics` names for it.
+
+    Raises:
+        InputError: they have no run in common.
+    """
+    runs_a = {path.parent.name: path.parent for path in a.rglob("per_instance_stats.json")}
+    runs_b = {path.parent.name: path.parent for path in b.rglob("per_instance_stats.json")}
+    common = sorted(run_key(name) for name in runs_a)
+    by_key_a = {run_key(name): path for name, path in runs_a.items()}
+    by_key_b = {run_key(name): path for name, path in runs_b.items()}
+    common = sorted(by_key_a.keys() & by_key_b.keys())
+    if not common:
+        raise InputError(f"{a} and {b} have no run in common: {len(runs_a)} and {len(runs_b)} runs.")
+    found = []
+    for name in common:
+        values_a, values_b = read_values(by_key_a[name]), read_values(by_key_b[name])
+        wanted = metrics.get(name) or next(iter(values_a), "")
+        if wanted in values_a and wanted in values_b:
+            found.append(paired(name, wanted, values_a[wanted], values_b[wanted]))
+    return found
+
+
+def run_key(name: str) -> str:
+    """A run's name without its model, by which two evaluations' runs belong together."""
+    head, _, told = name.partition(":")
+    kept = [part for part in told.split(",") if part and not part.startswith(("model=", "model_deployment="))]
+    return head + (":" + ",".join(kept) if kept else "")

@@ -1,0 +1,139 @@
+"""Single formulas against plain oracles and by hand."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capstan.errors import InputError
+from capstan.evaluation import bootstrap
+from capstan.evaluation.comparison import paired
+from capstan.evaluation.metrics.basic import num_bytes
+from capstan.evaluation.metrics.calibration import calibration_stats, equal_mass_edges
+from capstan.evaluation.metrics.code import pass_at_k, passes
+from capstan.evaluation.metrics.copyright import edit_distance
+from capstan.evaluation.metrics.efficiency import RuntimeProfile
+from capstan.evaluation.metrics.math_equivalence import boxed, is_equivalent
+from capstan.evaluation.metrics.ranking import ranking_measure
+from capstan.evaluation.metrics.summarization import extractiveness
+from capstan.evaluation.metrics.text_match import f1_score, quasi_exact_match
+from capstan.evaluation.models import Token
+from capstan.evaluation.shared_prefixes import common_length, groups_of
+from capstan.evaluation.toxicity_fit import ToxicityScorer, fit_scorer
+
+WORDS = st.lists(st.sampled_from("abc"), max_size=8)
+
+
+@given(WORDS, WORDS)
+def test_edit_distance_equals_the_textbooks(one, other):
+    grid = np.zeros((len(one) + 1, len(other) + 1))
+    grid[:, 0], grid[0] = range(len(one) + 1), range(len(other) + 1)
+    for i, a in enumerate(one, 1):
+        for j, b in enumerate(other, 1):
+            grid[i, j] = min(grid[i - 1, j] + 1, grid[i, j - 1] + 1, grid[i - 1, j - 1] + (a != b))
+    assert edit_distance(one, other) == grid[-1, -1]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+def test_bins_of_equal_mass_hold_every_confidence(confidences):
+    edges = equal_mass_edges(confidences, 10)
+    assert edges == sorted(set(edges))
+    assert edges[-1] == 1.0
+    assert len(edges) <= 10
+
+
+def test_one_who_is_always_right_and_says_so_is_calibrated():
+    found = {each.name.name: each.mean for each in calibration_stats([0.999] * 10, [1] * 10)}
+    assert found["ece_10_bin"] == pytest.approx(0.001)
+    assert found["platt_ece_10_bin"] == 0
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=40), max_size=12))
+def test_groups_hold_every_prompt_once_and_share_what_they_say(prompts):
+    groups = groups_of(prompts, [len(prompt) - 1 for prompt in prompts])
+    assert sorted(at for group in groups for at in group.indices) == list(range(len(prompts)))
+    for group in groups:
+        for at in group.indices:
+            assert common_length(prompts[group.indices[0]], prompts[at]) >= group.prefix
+            assert group.prefix < max(1, len(prompts[at]))
+
+
+def test_by_hand():
+    assert quasi_exact_match("The Cat", "cat.") == 1
+    assert f1_score("a b c d", "c d d e") == pytest.approx(2 * (2 / 3) * (2 / 3) / (4 / 3))
+    assert pass_at_k(5, 2, 1) == pytest.approx(0.4)
+    assert pass_at_k(5, 5, 3) == 1.0
+    assert is_equivalent("\\frac12", "1/2") == 1
+    assert boxed("so \\boxed{a{b}c} or \\boxed{\\frac{1}{2}}.") == "\\frac{1}{2}"
+    assert ranking_measure("recip_rank", [3, 1, 2], {1: 1}, 10) == 0.5
+    assert ranking_measure("ndcg_cut", [0, 1], {1: 3, 0: 1}, 10) == pytest.approx(
+        (1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3))
+    )
+    assert extractiveness("a b c d".split(), "b c x".split()) == (2 / 3, 4 / 3, 4 / 3)
+    assert num_bytes([Token("é", 0.0), Token("bytes:\\xe2\\x80", 0.0), Token("bytes:\\x99", 0.0)]) == 2 + 3
+
+
+def test_ideal_time_scales_the_smallest_profiled_length_that_holds_the_prompt():
+    profile = RuntimeProfile.of_table(
+        {
+            "runtime_for_prompt_tokens": {"10": 1.0, "100": 4.0},
+            "runtime_per_output_token": 0.1,
+            "overhead": None,
+        }
+    )
+    assert profile.seconds(5, 0) == pytest.approx(0.5)
+    assert profile.seconds(50, 3) == pytest.approx(2.0 + 0.2)
+    assert profile.seconds(200, 1) == pytest.approx(8.0)
+
+
+def test_a_bootstrap_interval_holds_the_mean_and_narrows_with_more():
+    few, many = bootstrap([0.0, 1.0] * 10), bootstrap([0.0, 1.0] * 1000)
+    assert few.low < few.mean == 0.5 < few.high
+    assert many.half_width < few.half_width / 5
+    assert math.isinf(bootstrap([1.0]).half_width)
+
+
+def test_a_paired_comparison_counts_by_instance():
+    a = {(f"id{at}", "", 0): float(at % 2) for at in range(40)}
+    b = {key: 1.0 if key[0] in ("id0", "id2") else value for key, value in a.items()} | {
+        ("other", "", 0): 1.0
+    }
+    found = paired("run", "exact_match", a, b)
+    assert (found.num_higher, found.num_lower, found.sign_p) == (2, 0, 0.5)
+    assert found.interval.mean == pytest.approx(2 / 40)
+    assert not found.is_clear
+    with pytest.raises(InputError, match="share no instance"):
+        paired("run", "exact_match", a, {("x", "", 0): 1.0})
+
+
+def test_a_program_is_run_apart_and_stopped():
+    case = {"prompt": "def f(x):\n", "test": "def check(g):\n    assert g(2) == 4\n", "entry_point": "f"}
+    assert passes(case, "    return 2 * x\n")
+    assert not passes(case, "    return x\n")
+    assert not passes(case, "    while True: pass\n")
+
+
+def test_a_toxicity_scorer_tells_held_out_comments_apart_and_has_a_card(tmp_path: Path):
+    path = tmp_path / "comments.csv"
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["comment_text", "toxicity", "female"])
+        for at in range(200):
+            bad = at % 3 == 0
+            writer.writerow(
+                [f"you are {'an awful fool' if bad else 'a kind friend'} {at}", 0.9 if bad else 0.1, at % 2]
+            )
+    scorer = fit_scorer(path, name="own")
+    assert scorer.card["held_out"]["auc"] > 0.99
+    assert scorer.card["by_group"]["female"]["count"] == 20
+    scorer.save(tmp_path / "own.json")
+    again = ToxicityScorer.load(tmp_path / "own.json")
+    low, high = again(["a kind friend", "an awful fool"])
+    assert low < 0.5 < high
+    (tmp_path / "bad.json").write_text('{"format": "x"}')
+    with pytest.raises(InputError, match=r"another version|damaged"):
+        ToxicityScorer.load(tmp_path / "bad.json")
