@@ -2,12 +2,29 @@
 
 `Ledger` counts every byte by link and content. A `Lane` is one ordered worker for one direction; on a
 GPU it has a stream of its own, so that copies run beside compute. A `Group` is processes that work together:
-tensors and values pass between them.
+tensors and values pass between them. A `Communicator` is the one thread that speaks to a group, in order;
+on it run the operations of `collectives`.
 """
 
+from capstan.transport.coder import Coder
+from capstan.transport.communicator import Communicator, Pending
+from capstan.transport.conversation import Conversation, Operation
 from capstan.transport.group import Group
 from capstan.transport.lanes import Lane, Ticket
 from capstan.transport.ledger import Ledger
+from capstan.transport.shaping import Shape
 from capstan.transport.stopwatch import Stopwatch
 
-__all__ = ["Group", "Lane", "Ledger", "Stopwatch", "Ticket"]
+__all__ = [
+    "Coder",
+    "Communicator",
+    "Conversation",
+    "Group",
+    "Lane",
+    "Ledger",
+    "Operation",
+    "Pending",
+    "Shape",
+    "Stopwatch",
+    "Ticket",
+]
