@@ -2,8 +2,9 @@
 
     python world.py FILE FUNCTION SIZE FOLDER ARGUMENTS
 
-FUNCTION of the Python file FILE is called in every rank with (rank, size, ARGUMENTS from JSON), torch's default
-group being gloo; what it returns is saved as FOLDER/RANK.pt. Exits with the number of ranks that failed.
+FUNCTION of the Python file FILE is called in every rank with (rank, size, ARGUMENTS from JSON), torch's
+default group being gloo; what it returns is saved as FOLDER/RANK.pt. Exits with the number of ranks that
+failed.
 """
 
 import importlib.util
