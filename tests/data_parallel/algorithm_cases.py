@@ -1,4 +1,4 @@
-"""What ranks do for test_algorithms.py; started by world.py. A small model, ten steps, weights of every step."""
+"""What ranks do for test_algorithms.py: a small model, ten steps, the weights of every step."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 from capstan.data_parallel import (
     QAdam,
     algorithm_from_name,
+    ddp_hooks,
     hook,
     wrap,
 )
-from capstan.data_parallel import ddp_hooks
 from capstan.data_parallel.centralised import Centralised
 from capstan.data_parallel.decentralised import Decentralised
 from capstan.data_parallel.local_sgd import LocalSGD

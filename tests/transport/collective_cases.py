@@ -54,7 +54,7 @@ def averages(rank: int, size: int, arguments: Any) -> Any:
         values = values_of(rank, 0, 1000)
         communicator.submit(lambda talk: average_by_ring(talk, values), about="ring").wait()
         found["ring"] = values
-        plain = values_of(rank, 0, 1000).div_(size)
+        plain = values_of(rank, 0, 1000).mul_(1 / size)
         dist.all_reduce(plain)
         found["torch"] = plain
         told = values_of(rank, 0, 1000)

@@ -130,7 +130,7 @@ def average_by_machine(
 
 def average_by_ring(talk: Conversation, values: Tensor) -> Operation:
     """Replace `values` by their mean with PyTorch's all-reduce: the same bits as DDP for the same bucket."""
-    values.div_(talk.size)
+    values.mul_(1 / talk.size)  # as DDP does, which is not always dividing
     yield talk.ring(values)
 
 

@@ -1,7 +1,8 @@
 """One ordered communication thread for a group of ranks.
 
 Operations are begun in the order in which they were submitted, which must be the same on every rank. Up to
-`window` of them are under way together. Nothing ever communicates from another thread or from a callback.
+`window` of them are under way together, each going on when what it waits for is there. Nothing ever
+communicates from another thread or from a callback.
 """
 
 import time
@@ -9,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from threading import Thread
 from typing import NamedTuple, Self
 
@@ -58,10 +59,15 @@ class _Task(NamedTuple):
     ready: torch.cuda.Event | None
 
 
-class _Active(NamedTuple):
+class _Running(NamedTuple):
     operation: Operation
     exchange: Exchange
     pending: Pending
+
+
+class _Finished(NamedTuple):
+    running: _Running
+    error: Exception | None
 
 
 class Communicator:
@@ -91,11 +97,16 @@ class Communicator:
         self._window = 1 if group.wire_device_type == "cuda" else window
         self._device = device if device is not None and device.type == "cuda" else None
         self._stream = torch.cuda.Stream(self._device) if self._device else None
-        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._events: SimpleQueue[_Task | _Finished | None] = SimpleQueue()
+        self._waits: SimpleQueue[_Running | None] = SimpleQueue()
+        self._active: set[Pending] = set()
         self._submitted = self._progress = 0
         self._failure: BaseException | None = None
+        self._num_waiters = 0 if group.wire_device_type == "cuda" else window
         self._thread = Thread(target=self._run, name="capstan communication", daemon=True)
         self._thread.start()
+        for at in range(self._num_waiters):
+            Thread(target=self._wait_in_turn, name=f"capstan wait {at}", daemon=True).start()
 
     def submit(self, begin: Callable[[Conversation], Operation], *, about: str) -> Pending:
         """Run an operation after those submitted before; every rank must submit the same ones in one order.
@@ -110,7 +121,7 @@ class Communicator:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
         pending = Pending(self, about)
-        self._tasks.put(_Task(begin, pending, self._submitted, ready))
+        self._events.put(_Task(begin, pending, self._submitted, ready))
         self._submitted += 1
         return pending
 
@@ -136,7 +147,7 @@ class Communicator:
 
     def close(self) -> None:
         """Let what was submitted end, and the thread with it."""
-        self._tasks.put(None)
+        self._events.put(None)
         self._thread.join(timeout=2 * self.group.patience_s)
 
     def __enter__(self) -> Self:
@@ -148,50 +159,36 @@ class Communicator:
     # --- in the thread -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        active: deque[_Active] = deque()
+        backlog: deque[_Task] = deque()
+        is_open = True
         with torch.no_grad(), self._on_stream():
-            is_open = True
-            while is_open or active:
-                is_open = self._take(active) and is_open
-                if active:
-                    self._advance_oldest(active)
+            while is_open or self._active or backlog:
+                event = self._events.get()
+                if event is None:
+                    is_open = False
+                elif isinstance(event, _Task):
+                    backlog.append(event)
+                else:
+                    self._go_on(event)
+                while backlog and len(self._active) < self._window:
+                    self._begin(backlog.popleft())
+        for _ in range(self._num_waiters):
+            self._waits.put(None)
         self._refuse_the_rest()
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
-    def _take(self, active: deque[_Active]) -> bool:
-        """Begin what was submitted, up to the window; wait only if nothing is under way. False at the end."""
-        while len(active) < self._window:
-            try:
-                task = self._tasks.get(block=not active)
-            except Empty:
-                return True
-            if task is None:
-                return False
-            self._begin(task, active)
-        return True
-
-    def _begin(self, task: _Task, active: deque[_Active]) -> None:
+    def _begin(self, task: _Task) -> None:
         if self._failure is not None:
             task.pending.future.set_exception(self._failure)
             return
         if task.ready is not None:
             task.ready.wait()
         talk = Conversation(self.group, self.ledger, self._link, task.sequence, task.pending.about)
-        self._advance(task.begin(talk), task.pending, active)
+        self._advance(task.begin(talk), task.pending)
 
-    def _advance_oldest(self, active: deque[_Active]) -> None:
-        oldest = active.popleft()
-        try:
-            oldest.exchange.finish()
-        except Exception as error:
-            self._broken(oldest.pending, active, error)
-            return
-        self._progress += 1
-        self._advance(oldest.operation, oldest.pending, active)
-
-    def _advance(self, operation: Operation, pending: Pending, active: deque[_Active]) -> None:
+    def _advance(self, operation: Operation, pending: Pending) -> None:
         """Run an operation up to its next exchange, which is started, or to its end."""
         try:
             exchange = next(operation)
@@ -199,9 +196,25 @@ class Communicator:
         except StopIteration:
             pending.future.set_result(self._mark())
         except Exception as error:
-            self._broken(pending, active, error)
+            self._break(pending, error)
         else:
-            active.append(_Active(operation, exchange, pending))
+            running = _Running(operation, exchange, pending)
+            self._active.add(pending)
+            if self._num_waiters:
+                self._waits.put(running)
+            else:  # what NCCL does is ordered by this thread's stream
+                self._events.put(_Finished(running, _error_of(exchange)))
+
+    def _go_on(self, finished: "_Finished") -> None:
+        running, error = finished
+        if running.pending not in self._active:  # given up, because another one failed
+            return
+        self._active.remove(running.pending)
+        self._progress += 1
+        if error is None:
+            self._advance(running.operation, running.pending)
+        else:
+            self._break(running.pending, error)
 
     def _mark(self) -> torch.cuda.Event | None:
         if self._stream is None:
@@ -210,18 +223,31 @@ class Communicator:
         done.record(self._stream)
         return done
 
-    def _broken(self, pending: Pending, active: deque[_Active], error: Exception) -> None:
+    def _break(self, pending: Pending, error: Exception) -> None:
         """After one operation has failed none can be trusted to meet its counterpart."""
         self._failure = self._failure or error
-        pending.future.set_exception(error)
-        self._fail(active, error)
+        for each in (pending, *self._active):
+            each.future.set_exception(error)
+        self._active.clear()
 
     def _refuse_the_rest(self) -> None:
-        while not self._tasks.empty():
-            task = self._tasks.get()
-            if task is not None:
-                task.pending.future.set_exception(CapstanError("The communicator was closed."))
+        while not self._events.empty():
+            event = self._events.get()
+            if isinstance(event, _Task):
+                event.pending.future.set_exception(CapstanError("The communicator was closed."))
 
-    def _fail(self, active: deque[_Active], error: BaseException) -> None:
-        while active:
-            active.popleft().pending.future.set_exception(error)
+    # --- waiting ------------------------------------------------------------------------------------------
+
+    def _wait_in_turn(self) -> None:
+        """Gloo can only be waited for by blocking: some threads do that, and nothing else."""
+        while (running := self._waits.get()) is not None:
+            self._events.put(_Finished(running, _error_of(running.exchange)))
+
+
+def _error_of(exchange: Exchange) -> Exception | None:
+    """What went wrong with an exchange, once it is over."""
+    try:
+        exchange.finish()
+    except Exception as error:
+        return error
+    return None

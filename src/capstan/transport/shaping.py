@@ -7,6 +7,7 @@ and what was sent arrives one latency later. For tests and benchmarks where no n
 
 import time
 from dataclasses import dataclass
+from threading import Lock
 
 from capstan.errors import UsageError
 
@@ -33,6 +34,7 @@ class ShapedLink:
         self._shape = shape
         self._sent_until_ns = 0
         self._received_until_ns = 0
+        self._lock = Lock()
 
     def due_ns(self, size_bytes: int) -> int:
         """When a message that is sent now reaches the other end's link."""
@@ -43,8 +45,9 @@ class ShapedLink:
     def await_arrival(self, due_ns: int, size_bytes: int) -> None:
         """Sleep until a message that is due has come in, after those that came in before."""
         duration_ns = self._duration_ns(size_bytes)
-        self._received_until_ns = max(due_ns, self._received_until_ns + duration_ns)
-        left_ns = self._received_until_ns - time.monotonic_ns()
+        with self._lock:
+            self._received_until_ns = max(due_ns, self._received_until_ns + duration_ns)
+            left_ns = self._received_until_ns - time.monotonic_ns()
         if left_ns > 0:
             time.sleep(left_ns / 1e9)
 
