@@ -58,17 +58,18 @@ def average(
         coder.encode(chunks[at], payload, key=f"{key} worker {at}")
     arriving = {at: scatter.take(members[at], coder.size(chunks[own])) for at in others}
     kept = coder.round_trip(chunks[own], key=f"{key} worker {own}")
+    gather = talk.round("gather")
+    results = {at: gather.take(members[at], coder.size(chunks[at])) for at in others}
+    gather.listen()
     yield scatter
 
     mean = _sum_in_order(coder, kept, own, arriving, len(members)).div_(divisor)
 
-    gather = talk.round("gather")
     result = gather.to([members[at] for at in others], coder.size(chunks[own]))
     coder.encode(mean, result, key=f"{key} server")
     coder.decode(result, chunks[own])
-    arriving = {at: gather.take(members[at], coder.size(chunks[at])) for at in others}
     yield gather
-    for at, payload in arriving.items():
+    for at, payload in results.items():
         coder.decode(payload, chunks[at])
 
 
