@@ -198,8 +198,8 @@ def explain_algorithms(workload: Workload, network: Network) -> str:
     if gain < 1:
         lines.append(
             f"With plain averages {network.num_ranks} ranks are slower than one: in the {plain.step_s:.2f} s "
-            f"of a step one rank alone would do {plain.step_s / workload.compute_s:.1f} of its own, and they do "
-            f"{network.num_ranks} together. Switch on {chosen}."
+            f"of a step one rank alone would do {plain.step_s / workload.compute_s:.1f} of its own, and they "
+            f"do {network.num_ranks} together. Switch on {chosen}."
         )
     return "\n".join(lines)
 
