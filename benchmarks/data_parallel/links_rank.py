@@ -32,13 +32,13 @@ class Pause(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, weight: Tensor, before: Tensor, forward_s: float, backward_s: float) -> Tensor:
         time.sleep(forward_s)
-        context.numel, context.backward_s = weight.numel(), backward_s
+        context.shape, context.backward_s = weight.shape, backward_s
         return before + 0.0
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Any:
         time.sleep(context.backward_s)
-        return torch.full((context.numel,), 1e-3), gradients[0], None, None
+        return torch.full(context.shape, 1e-3), gradients[0], None, None
 
 
 class Synthetic(nn.Module):
@@ -46,7 +46,7 @@ class Synthetic(nn.Module):
 
     def __init__(self, forward_s: float, backward_s: float) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in SIZES)
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(512, size // 512)) for size in SIZES)
         self.forward_s, self.backward_s = forward_s / len(SIZES), backward_s / len(SIZES)
 
     def forward(self) -> Tensor:
@@ -148,15 +148,13 @@ def interface_bytes() -> int:
 
 
 def predicted(name: str, compute_s: dict[str, float], config: dict[str, Any], networks: dict[str, Network],
-              coding: dict[str, float]) -> dict[str, float]:  # fmt: skip
+              coding: dict[str, Any]) -> dict[str, float]:  # fmt: skip
     """The step by the planner on the probed network, and the ideal on the nominal one."""
     groups = cut([4 * size for size in SIZES], ["f"] * len(SIZES), bucket_bytes=config["bucket_bytes"])
     work = {"bucket_elements": tuple(sum(SIZES[at] for at in group) for group in groups)} | compute_s
     algorithm = make_algorithm(name)
     return {
-        "predicted_s": predict(
-            algorithm, Workload(**work, coding_s_per_element=coding), networks["probed"]
-        ).step_s,
+        "predicted_s": predict(algorithm, Workload(**work, coding=coding), networks["probed"]).step_s,
         "ideal_s": predict(algorithm, Workload(**work), networks["nominal"]).ideal_s,
     }
 

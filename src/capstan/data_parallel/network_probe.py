@@ -1,13 +1,14 @@
 """How fast is the network between the ranks, and how fast do they encode?"""
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from capstan.codecs import codec_from_name
 from capstan.data_parallel.asynchronous import agreement
-from capstan.data_parallel.planner import Network
+from capstan.data_parallel.planner import Coding, Network
 from capstan.transport import Coder, Communicator, Conversation, Group, Operation
 
 _ROUNDS = 8
@@ -42,19 +43,24 @@ def probe_network(group: Group, *, size_bytes: int = _PROBE_BYTES) -> Network:
     )
 
 
-def probe_coding(group: Group, codec: str, *, num_elements: int = _PROBE_ELEMENTS) -> float:
-    """Seconds to encode one element once and decode it once, while all ranks do; all must call it."""
+def probe_coding(group: Group, codec: str, *, num_elements: int = _PROBE_ELEMENTS) -> Coding:
+    """Seconds to encode one element and to decode one, while all ranks do; all must call it."""
     coder = Coder(codec_from_name(codec))
     values, out = torch.randn(num_elements), torch.empty(num_elements)
     payload = torch.empty(coder.size(values), dtype=torch.uint8)
-    coder.encode(values, payload, key="probe")
-    group.gather(None)
-    start_s = time.perf_counter()
-    for _ in range(3):
-        coder.encode(values, payload, key="probe")
-        coder.decode(payload, out)
-    taken_s = (time.perf_counter() - start_s) / 3
-    return float(max(group.gather(taken_s))) / num_elements
+
+    def seconds_of(work: Callable[[], None]) -> float:
+        work()
+        group.gather(None)  # together: ranks may share a processor
+        start_s = time.perf_counter()
+        for _ in range(3):
+            work()
+        return float(max(group.gather((time.perf_counter() - start_s) / 3))) / num_elements
+
+    return Coding(
+        seconds_of(lambda: coder.encode(values, payload, key="probe")),
+        seconds_of(lambda: coder.decode(payload, out)),
+    )
 
 
 def _exchange(talk: Conversation, size_bytes: int) -> Operation:

@@ -25,7 +25,10 @@ from capstan.plans import Choice, Phase, Plan, Traffic, explain
 from capstan.transport.collectives import chunk_bounds
 from capstan.transport.message import HEADER_BYTES
 
-LINK, CODING, COMPUTE = "rank->others", "coding", "compute"
+LINK, COMPUTE = "rank->others", "compute"
+# Gloo sends nothing before it has heard that the other end receives, which is one latency more; the second
+# exchange of an average is announced early.
+_HEARD = 2
 BUCKET_CHOICES: tuple[int, ...] = tuple(1 << power for power in range(18, 28))
 
 
@@ -45,19 +48,29 @@ class Network:
             )
 
 
+class Coding(NamedTuple):
+    """Seconds that encoding and decoding one element take."""
+
+    encode_s: float
+    decode_s: float
+
+
+_FREE = Coding(0.0, 0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """A step: how many numbers each bucket has, in the order in which gradients become ready, and compute.
 
-    `coding_s_per_element` says, by codec, what encoding and decoding one element takes; a codec that is not
-    there costs nothing.
+    `coding` says, by codec, what encoding and decoding one element takes; a codec that is not there costs
+    nothing. The identity's is what moving an element through memory takes.
     """
 
     bucket_elements: tuple[int, ...]
     forward_s: float
     backward_s: float
     optimizer_s: float = 0.0
-    coding_s_per_element: Mapping[str, float] = field(default_factory=dict, hash=False)
+    coding: Mapping[str, Coding] = field(default_factory=dict, hash=False)
 
     @classmethod
     def even(
@@ -66,7 +79,7 @@ class Workload:
         *,
         compute_s: float,
         bucket_bytes: int = BUCKET_BYTES,
-        coding_s_per_element: Mapping[str, float] | None = None,
+        coding: Mapping[str, Coding] | None = None,
     ) -> "Workload":
         """Equal buckets, and a third of the compute forward, two thirds backward."""
         count = max(1, -(-4 * num_elements // bucket_bytes))
@@ -75,7 +88,7 @@ class Workload:
             bucket_elements=sizes,
             forward_s=compute_s / 3,
             backward_s=2 * compute_s / 3,
-            coding_s_per_element=coding_s_per_element or {},
+            coding=coding or {},
         )
 
     @property
@@ -141,16 +154,14 @@ def choose(
 
 
 def choose_bucket_bytes(
-    algorithm: str, num_elements: int, network: Network, *, compute_s: float, coding: Mapping[str, float]
+    algorithm: str, num_elements: int, network: Network, *, compute_s: float, coding: Mapping[str, Coding]
 ) -> int:
     """The bucket size with the shortest predicted step: small ones start early, large ones pay fewer
     latencies.
     """
 
     def step_s(size: int) -> float:
-        work = Workload.even(
-            num_elements, compute_s=compute_s, bucket_bytes=size, coding_s_per_element=coding
-        )
+        work = Workload.even(num_elements, compute_s=compute_s, bucket_bytes=size, coding=coding)
         return predict(algorithm, work, network).step_s
 
     best: int = min(BUCKET_CHOICES, key=step_s)
@@ -224,32 +235,44 @@ def _hops(algorithm: Algorithm, elements: int, workload: Workload, network: Netw
     if isinstance(algorithm, AsyncAverage):
         return []
     if isinstance(algorithm, LowPrecisionDecentralised):
-        return [_hop(algorithm.codec.name, elements, min(2, n - 1), 3 * elements, workload)]
+        return _swap(algorithm.codec.name, elements, min(2, n - 1), workload)
     if isinstance(algorithm, Decentralised) and algorithm.peers == "shift_one":
-        return [_hop("identity", elements, 1, elements, workload)]
+        return _swap("identity", elements, 1, workload)
     if isinstance(algorithm, PowerSGD):
         side = max(1, round(elements**0.5))  # as if each bucket were one square matrix
         return _average("identity", algorithm.rank * side, n, workload) * 2
     if isinstance(algorithm, Centralised) and algorithm.route == "ring":
         return [Hop(2 * (n - 1) / n * 4 * elements, 2 * (n - 1), 0.0)]
     if isinstance(algorithm, Centralised | LocalSGD):
-        return _average(algorithm.codec.name, elements, n, workload)
+        return _average(algorithm.codec.name, elements, n, workload, feedback=algorithm.error_feedback)
     return _average("identity", elements, n, workload)
 
 
-def _average(codec: str, elements: int, n: int, workload: Workload) -> list[Hop]:
-    chunk = -(-elements // n)
+def _average(codec: str, elements: int, n: int, workload: Workload, *, feedback: bool = False) -> list[Hop]:
+    chunk, cost = -(-elements // n), workload.coding.get(codec, _FREE)
+    move = workload.coding.get("identity", _FREE)
+    # Feedback decodes what it has encoded, and adds and subtracts: three more passes over memory.
+    encode_s = cost.encode_s + (cost.decode_s + 3 * move.encode_s if feedback else 0.0)
+    sent = (n - 1) * _message_bytes(codec, chunk)
     return [
-        _hop(codec, chunk, n - 1, 2 * elements, workload),  # all chunks encoded, n versions of one decoded
-        _hop(codec, chunk, n - 1, elements + chunk, workload),  # one encoded, all decoded
+        Hop(sent, _HEARD, elements * encode_s + chunk * cost.decode_s),
+        Hop(sent, 1, elements * (cost.decode_s + move.decode_s) + chunk * (encode_s + cost.decode_s)),
+        Hop(0, 0, elements * cost.decode_s),
     ]
 
 
-def _hop(codec: str, elements: int, copies: int, coded: int, workload: Workload) -> Hop:
+def _swap(codec: str, elements: int, copies: int, workload: Workload) -> list[Hop]:
+    cost, move = workload.coding.get(codec, _FREE), workload.coding.get("identity", _FREE)
+    sent = copies * _message_bytes(codec, elements)
+    # The weights are copied before and after, and what arrives is added.
+    return [
+        Hop(sent, _HEARD, elements * (cost.encode_s + 3 * move.encode_s)),
+        Hop(0, 0, elements * (copies * cost.decode_s + 3 * move.decode_s)),
+    ]
 
-    size = codec_from_name(codec).encoded_bytes((elements,), torch.float32) + HEADER_BYTES
-    # A rate counts an element once encoded and once decoded; each of them is about half of it.
-    return Hop(copies * size, 1, coded / 2 * workload.coding_s_per_element.get(codec, 0.0))
+
+def _message_bytes(codec: str, elements: int) -> int:
+    return codec_from_name(codec).encoded_bytes((elements,), torch.float32) + HEADER_BYTES
 
 
 def _ready(algorithm: Algorithm, workload: Workload) -> list[float]:
@@ -288,11 +311,16 @@ def _ideal_s(
     if not any(hops):
         return workload.compute_s
     first_s, transfer_s = _ready(algorithm, workload)[0], sent / network.bandwidth_bytes_per_s
-    latencies_s = sum(hop.latencies for hop in hops[0]) * network.latency_s
+    latencies_s = _ideal_latencies(hops[0]) * network.latency_s
     if algorithm.exchanges_gradients:
         backward_end_s = workload.forward_s + workload.backward_s
         return max(backward_end_s, first_s + transfer_s) + latencies_s + workload.optimizer_s
     return _ending(algorithm, first_s + transfer_s + latencies_s, workload)
+
+
+def _ideal_latencies(hops: list[Hop]) -> float:
+    """One for each exchange, without what gloo adds to it."""
+    return sum(1 if hop.latencies == _HEARD else hop.latencies for hop in hops)
 
 
 def _ending(algorithm: Algorithm, end_s: float, workload: Workload) -> float:
