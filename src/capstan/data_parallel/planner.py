@@ -28,7 +28,7 @@ from capstan.transport.message import HEADER_BYTES
 LINK, COMPUTE = "rank->others", "compute"
 # Gloo sends nothing before it has heard that the other end receives, which is one latency more; the second
 # exchange of an average is announced early.
-_HEARD = 2
+_HEARD = 1
 BUCKET_CHOICES: tuple[int, ...] = tuple(1 << power for power in range(18, 28))
 
 
@@ -103,11 +103,13 @@ class Workload:
 
 
 class Hop(NamedTuple):
-    """One exchange of a bucket: what a rank sends, how many latencies it takes, and coding before it."""
+    """One exchange of a bucket: what a rank sends, how many latencies it must take, coding before it, and the
+    latencies that gloo adds."""
 
     sent_bytes: float
     latencies: float
     coding_s: float
+    added_latencies: float = 0
 
 
 class Prediction(NamedTuple):
@@ -255,7 +257,7 @@ def _average(codec: str, elements: int, n: int, workload: Workload, *, feedback:
     encode_s = cost.encode_s + (cost.decode_s + 3 * move.encode_s if feedback else 0.0)
     sent = (n - 1) * _message_bytes(codec, chunk)
     return [
-        Hop(sent, _HEARD, elements * encode_s + chunk * cost.decode_s),
+        Hop(sent, 1, elements * encode_s + chunk * cost.decode_s, _HEARD),
         Hop(sent, 1, elements * (cost.decode_s + move.decode_s) + chunk * (encode_s + cost.decode_s)),
         Hop(0, 0, elements * cost.decode_s),
     ]
@@ -266,7 +268,7 @@ def _swap(codec: str, elements: int, copies: int, workload: Workload) -> list[Ho
     sent = copies * _message_bytes(codec, elements)
     # The weights are copied before and after, and what arrives is added.
     return [
-        Hop(sent, _HEARD, elements * (cost.encode_s + 3 * move.encode_s)),
+        Hop(sent, 1, elements * (cost.encode_s + 3 * move.encode_s), _HEARD),
         Hop(0, 0, elements * (copies * cost.decode_s + 3 * move.decode_s)),
     ]
 
@@ -301,7 +303,8 @@ def _step_s(algorithm: Algorithm, hops: list[list[Hop]], workload: Workload, net
         hop = hops[number][step]
         thread_s = max(at_s, thread_s) + hop.coding_s
         link_s = max(thread_s, link_s) + hop.sent_bytes / network.bandwidth_bytes_per_s
-        heapq.heappush(waiting, (link_s + hop.latencies * network.latency_s, number, step + 1))
+        latencies = hop.latencies + hop.added_latencies
+        heapq.heappush(waiting, (link_s + latencies * network.latency_s, number, step + 1))
     return _ending(algorithm, end_s, workload)
 
 
@@ -311,16 +314,11 @@ def _ideal_s(
     if not any(hops):
         return workload.compute_s
     first_s, transfer_s = _ready(algorithm, workload)[0], sent / network.bandwidth_bytes_per_s
-    latencies_s = _ideal_latencies(hops[0]) * network.latency_s
+    latencies_s = sum(hop.latencies for hop in hops[0]) * network.latency_s
     if algorithm.exchanges_gradients:
         backward_end_s = workload.forward_s + workload.backward_s
         return max(backward_end_s, first_s + transfer_s) + latencies_s + workload.optimizer_s
     return _ending(algorithm, first_s + transfer_s + latencies_s, workload)
-
-
-def _ideal_latencies(hops: list[Hop]) -> float:
-    """One for each exchange, without what gloo adds to it."""
-    return sum(1 if hop.latencies == _HEARD else hop.latencies for hop in hops)
 
 
 def _ending(algorithm: Algorithm, end_s: float, workload: Workload) -> float:
