@@ -71,10 +71,8 @@ def main() -> None:
     print("| algorithm | " + " | ".join(TASKS) + " |")
     print("| --- |" + " --- |" * len(TASKS))
     for name in ALGORITHMS:
-        cells = [
-            f"{found[task][name]['loss_ratio']:.2f} ({100 * statistics.mean(found[task][name]['accuracy']):.0f} %)"
-            for task in TASKS
-        ]
+        results = [found[task][name] for task in TASKS]
+        cells = [f"{each['loss_ratio']:.2f} ({statistics.mean(each['accuracy']):.0%})" for each in results]
         print(f"| {name} | " + " | ".join(cells) + " |")
     for name, bar in bars.items():
         print(f"{'holds ' if bar['holds'] else 'MISSED'} {name}: {bar['reached']} (goal {bar['goal']})")

@@ -3,9 +3,9 @@
     torchrun --standalone --nproc-per-node=2 benchmarks/data_parallel/nccl_smoke.py    # two GPUs
     torchrun --standalone --nproc-per-node=2 benchmarks/data_parallel/nccl_smoke.py --wire gloo    # one GPU
 
-For every algorithm: five steps, losses, whether all ranks end with the same weights where they should, and how
-far they are from the same steps on the processor. Prints one JSON object; --record writes it as a record. Exit
-code 1 if something is wrong.
+For every algorithm: five steps, losses, whether all ranks end with the same weights where they should, and
+how far they are from the same steps on the processor. Prints one JSON object; --record writes it as a record.
+Exit code 1 if something is wrong.
 """
 
 import argparse
