@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from capstan.generation import Engine, Request, block_schedule, plan_for
+from capstan.generation import Engine, Request, block_schedule, decoding, plan_for
 from capstan.generation.batching import BlockShape, Length, shape_for
 from capstan.generation.block_schedule import BlockSchedule
 from capstan.generation.placement import Tier, parse_wish
 from capstan.generation.planner import Planner
+from capstan.generation.recording import TAPES
 from capstan.hardware import Device, Link, Machine
 
 # The GPU tests also run where hypothesis is not installed.
@@ -363,6 +366,51 @@ def force_ring(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return force_ring
 
 
+_LOOKING = (
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.item.default,
+    torch.ops.aten._local_scalar_dense.default,
+)
+
+
+class OperationTape(TorchDispatchMode):
+    """A tape for the processor: does the same operations again, on the same memory.
+
+    Like a CUDA graph it knows nothing of what Python did between them, and refuses to look at values.
+    """
+
+    replays = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operations: list[tuple[Any, Any, Any, Any]] = []
+        self._is_done = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LOOKING:
+            raise RuntimeError(f"{func} looks at values, which is not permitted while recording")
+        result = func(*args, **(kwargs or {}))
+        self._operations.append((func, args, kwargs or {}, result))
+        return result
+
+    def begin(self) -> None:
+        self.__enter__()
+
+    def end(self) -> None:
+        self.__exit__(None, None, None)
+
+    def replay(self) -> None:
+        if not self._is_done:  # it was done while it was recorded
+            self._is_done = True
+            return
+        OperationTape.replays += 1
+        for func, args, kwargs, before in self._operations:
+            after = func(*args, **kwargs)
+            for place, value in zip(tree_leaves(before), tree_leaves(after), strict=True):
+                if isinstance(place, torch.Tensor) and place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
+
+
 @pytest.fixture
 def stops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The processor stops batches inside their attention, as accelerators do, so that this is seen without
@@ -377,6 +425,15 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(block_schedule, "_OVERLAPPING", ("cuda", "cpu"))
     monkeypatch.setattr(BlockSchedule, "_resume", counted)
     return counts
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> type[OperationTape]:
+    """The processor records visits and replays them, as accelerators do."""
+    monkeypatch.setattr(OperationTape, "replays", 0)
+    monkeypatch.setitem(TAPES, "cpu", lambda: OperationTape)
+    monkeypatch.setattr(decoding, "_reads_in_place", lambda *_: False)  # in C, which such a tape cannot see
+    return OperationTape
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import causal_lower_right
 
 from capstan.errors import UnsupportedModel
+
+# Torch's kernels for attention, without cuDNN's: that one is built anew, in some tenths of a second, whenever
+# a shape is new.
+FUSED_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # Scores of a softcapped or windowed prompt are computed for so many queries at a time that they take at
 # most this much memory, however long the prompt.
@@ -200,13 +205,11 @@ def decode_attention(
     return output.flatten(1, 2)
 
 
-def visible_rows(ends: Tensor, num_rows: int, window: int | None) -> Tensor | None:
+def visible_rows(ends: Tensor, num_rows: int, window: int | None) -> Tensor:
     """Which of `num_rows` rows the last token of each sequence sees, when sequence b has `ends[b]` of them.
 
-    ends: `[sequences]`, on the host. A mask `[sequences, 1, 1, rows]`, or None where every row is visible.
+    ends: `[sequences]`, on the host. Returns a mask `[sequences, 1, 1, rows]`.
     """
-    if int(ends.min()) >= num_rows and (window is None or window >= num_rows):
-        return None
     rows = torch.arange(num_rows)[None]
     visible = rows < ends[:, None]
     if window is not None:

@@ -14,24 +14,33 @@ visit whose rows are away from the device stops inside its attention, and the de
 batches, until its rows or results have come.
 """
 
+import logging
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from capstan.generation.activations import Activations
 from capstan.generation.anatomy import Anatomy
-from capstan.generation.attention import prefill_attention
+from capstan.generation.attention import FUSED_ATTENTION, prefill_attention
 from capstan.generation.batching import BatchWork, Chunk, Work
+from capstan.generation.decoding import Decoding
 from capstan.generation.exchange import Exchange
 from capstan.generation.kv_cache import KeyValueCache
+from capstan.generation.recording import TAPES, Cut, NewTape, Recording, Standing
 from capstan.generation.skeleton import LayerCall, Skeleton
 from capstan.generation.weights import WeightStore
-from capstan.transport import Ledger, Stopwatch
+from capstan.transport import Ledger, Stopwatch, stream_of
+
+logger = logging.getLogger(__name__)
 
 DEVICE_COMPUTE = "device compute"
 
@@ -95,7 +104,8 @@ class _Passage(greenlet):
 
     visit: Visit
     chunk: Chunk
-    stop_clock: Callable[[], None]
+    standing: Standing | None  # of the batch that decodes
+    recording: Recording | None  # being made
 
 
 class BlockSchedule:
@@ -124,6 +134,13 @@ class BlockSchedule:
         self._overlaps = device.type in _OVERLAPPING and activations.rests_on_device
         self._stopped: deque[_Passage] = deque()
         self._left: Counter[int] = Counter()  # batches that have not passed each layer that was begun
+        self._stream = stream_of(device, "compute")
+        # What is recorded finds the hidden states where they always lie.
+        self._new_tapes = TAPES.get(device.type) if activations.rests_on_device else None
+        self._tapes_of: dict[int, NewTape] = {}
+        self._standings: WeakKeyDictionary[Decoding, Standing] = WeakKeyDictionary()
+        self._unit_places = 0  # says where the current layer's weights lie
+        self._stop_clock: Callable[[], None] | None = None
 
     @torch.inference_mode()
     def sweep(
@@ -143,6 +160,49 @@ class BlockSchedule:
             on_logits: gets places and their logits `[places, vocabulary]`, a few rows at a time.
             is_last: False if another sweep will follow, whose first weights may then begin to arrive.
         """
+        with self._on_stream(), self._computing():
+            self._sweep(works, tokens_of, positions_of, on_logits, is_last=is_last)
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """The device computes on a stream of its own: the default one cannot be recorded."""
+        if self._stream is None:
+            yield
+            return
+        outer = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(outer)
+        with torch.cuda.stream(self._stream), sdpa_kernel(FUSED_ATTENTION):
+            yield
+        outer.wait_stream(self._stream)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Book what is done inside as computing, except in `_waiting`."""
+        self._stop_clock = self._stopwatch.start(DEVICE_COMPUTE)
+        try:
+            yield
+        finally:
+            self._stop_clock()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Waits inside are no computing."""
+        assert self._stop_clock is not None
+        self._stop_clock()
+        try:
+            yield
+        finally:
+            self._stop_clock = self._stopwatch.start(DEVICE_COMPUTE)
+
+    def _sweep(
+        self,
+        works: Sequence[BatchWork],
+        tokens_of: TokensOf,
+        positions_of: PositionsOf,
+        on_logits: OnLogits,
+        *,
+        is_last: bool,
+    ) -> None:
         self._skeleton.attend_with(self._attend)  # each time: another job may have run in between
         visits = zigzag(self._skeleton.num_layers, [work.batch for work in works])
         self._weights.expect(sweeps=1 if is_last else 2)
@@ -181,14 +241,15 @@ class BlockSchedule:
         while self._stopped and (self._weights.must_be_alone or not self._weights.has_arrived()):
             self._resume(self._stopped.popleft())
         self._left[layer] = num_batches
-        self._skeleton.equip(layer, self._take(layer))
+        weights = self._take(layer)
+        self._unit_places = id(weights)
+        self._skeleton.equip(layer, weights)
 
-    def _take(self, unit: int) -> dict[str, Tensor]:
-        self._weights.arrive()
-        stop_clock = self._stopwatch.start(DEVICE_COMPUTE)
-        tensors = self._weights.take(unit)
-        stop_clock()
-        return tensors
+    def _take(self, unit: int) -> Mapping[str, Tensor]:
+        if not self._weights.has_arrived():
+            with self._waiting():
+                self._weights.arrive()
+        return self._weights.take(unit)
 
     def _start(self, visit: Visit, batch: _Batch) -> None:
         passage = _Passage(self._compute)
@@ -242,11 +303,10 @@ class BlockSchedule:
             tokens = torch.tensor([token for each in chunk.works for token in tokens_of(each)])
             positions = torch.cat([torch.arange(each.start, each.end) for each in chunk.works])
             rows = self._weights.rows(tokens, self._ledger) if starts_here else self._no_rows(len(tokens))
-            with self._stopwatch.time(DEVICE_COMPUTE):
-                output = self._skeleton.front(rows, positions.to(self._device), self._weights.rest)
-                if starts_here:
-                    hidden[start : start + chunk.num_tokens] = output.hidden[0]
-            calls.append(output.calls)
+            output = self._skeleton.front(rows, positions.to(self._device), self._weights.rest)
+            if starts_here:
+                hidden[start : start + chunk.num_tokens] = output.hidden[0]
+            calls.append(output.calls if chunk.is_prefill else self._standing_calls(work.batch, output.calls))
             start += chunk.num_tokens
         if self._exchange is not None and not starts_here:
             self._exchange.receive(hidden)
@@ -258,15 +318,67 @@ class BlockSchedule:
         width = self._skeleton.embedding_width
         return torch.zeros((), dtype=self._skeleton.compute_dtype, device=self._device).expand(count, width)
 
+    def _standing_calls(self, batch: int, calls: list[LayerCall]) -> list[LayerCall]:
+        """The arguments of a decoding batch, at the places where earlier sweeps had them if they can be."""
+        if self._new_tapes is None:
+            return calls
+        assert self._cache is not None
+        decoding = self._cache.decoding(batch)
+        standing = self._standings.get(decoding)
+        if standing is None or not standing.follows(calls):
+            if batch not in self._tapes_of:
+                self._tapes_of[batch] = self._new_tapes()
+            standing = self._standings[decoding] = Standing(calls, self._tapes_of[batch])
+        return standing.calls
+
     def _compute(self, passage: _Passage, batch: _Batch) -> None:
         visit = passage.visit
         hidden = self._activations.take(visit.batch)
         for passage.chunk, calls, run in batch.runs():
-            passage.stop_clock = self._stopwatch.start(DEVICE_COMPUTE)
-            output = self._skeleton.layer(visit.layer, hidden[None, run], calls[visit.layer])
-            hidden[run] = output[0]
-            passage.stop_clock()
+            passage.recording = passage.standing = None
+            if passage.chunk.is_prefill:
+                self._step(passage, hidden[run], calls[visit.layer])
+                continue
+            assert self._cache is not None
+            self._cache.clear_desk(visit.batch)
+            passage.standing = self._standings.get(self._cache.decoding(visit.batch))
+            if passage.standing is None:
+                self._step(passage, hidden[run], calls[visit.layer])
+            else:
+                self._standing_step(passage, passage.standing, hidden[run], calls[visit.layer])
         self._activations.put(visit.batch, hidden)
+
+    def _step(self, passage: _Passage, hidden: Tensor, call: LayerCall) -> None:
+        hidden.copy_(self._skeleton.layer(passage.visit.layer, hidden[None], call)[0])
+
+    def _standing_step(self, passage: _Passage, standing: Standing, hidden: Tensor, call: LayerCall) -> None:
+        """A decode step: done for the first time, recorded the second time, replayed from then on."""
+        key = (passage.visit.layer, hidden.data_ptr(), self._unit_places)
+        recording = standing.recording(key)
+        if recording is not None:
+            passage.recording = recording
+            recording.replay(passage)
+            return
+        if self._new_tapes is None or not standing.is_known(key):
+            self._step(passage, hidden, call)
+            return
+        passage.recording = recording = Recording(standing.new_tape)
+        try:
+            recording.begin()
+            self._step(passage, hidden, call)
+            recording.end()
+        except BaseException as error:
+            was_open = recording.is_open
+            recording.abandon()
+            if not was_open or not isinstance(error, RuntimeError):
+                raise
+            # The hidden states are still those of before, and rows that are appended again are the same.
+            logger.info("This model's layers cannot be recorded (%s); they run as they are.", error)
+            self._new_tapes = passage.recording = passage.standing = None
+            self._standings.clear()
+            self._step(passage, hidden, call)
+        else:
+            standing.keep(key, recording)
 
     def _back(
         self, batch: _Batch, hidden: Tensor, head: Tensor, positions_of: PositionsOf, on_logits: OnLogits
@@ -274,9 +386,8 @@ class BlockSchedule:
         wanted = picks_of(batch.work, positions_of)
         for first in range(0, len(wanted), self._logit_rows):
             some = wanted[first : first + self._logit_rows]
-            with self._stopwatch.time(DEVICE_COMPUTE):
-                index = torch.tensor([row for _, row in some], device=self._device)
-                logits = self._skeleton.back(hidden[index][None], self._weights.rest, head)
+            index = torch.tensor([row for _, row in some], device=self._device)
+            logits = self._skeleton.back(hidden[index][None], self._weights.rest, head)
             on_logits([pick for pick, _ in some], logits)
 
     # --- attention, called from inside transformers' layers ----------------------------------------------
@@ -293,7 +404,8 @@ class BlockSchedule:
         visit, chunk = passage.visit, passage.chunk
         geometry = self._anatomy.layers[visit.layer].geometry
         if self._cache is not None:
-            self._cache.append(visit.layer, visit.batch, chunk, key, value)
+            rows = self._cache.encode(visit.layer, key, value)
+            self._cache.append(visit.layer, visit.batch, chunk, rows)
         output = query.new_empty(query.shape[0], geometry.num_query_heads, geometry.value_size)
         before = self._cache.prefix(visit.layer, chunk) if self._cache is not None else None
         for _, run in chunk.runs():
@@ -306,27 +418,60 @@ class BlockSchedule:
     def _decode(self, passage: _Passage, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         assert self._cache is not None
         layer, batch = passage.visit
-        new_rows = self._cache.append(layer, batch, passage.chunk, key, value)
+        rows = self._cache.encode(layer, key, value)
+        if self._cache.rests_on_device(layer):
+            self._cache.append(layer, batch, passage.chunk, rows)
+            return self._cache.attend_on_device(layer, batch, query, rows)
+        query = query.contiguous()
         if self._cache.is_attended_on_host(layer, batch):
-            arrival, output = self._cache.attend_on_host(layer, batch, query.contiguous(), new_rows)
-            self._let_others_go_on(passage)
-            arrival.wait()
+            self._cache.leave(layer, batch, rows, query)
+            self._aside(passage, self._attend_on_host)
+            return self._cache.collect(layer, batch)
+        value_size = self._anatomy.layers[layer].geometry.value_size
+        cut = Cut(query, rows, query.new_empty(*query.shape[:-1], value_size))
+        if passage.standing is not None:
+            cut = passage.standing.places(query, rows, value_size)
+            cut.query.copy_(query)
+            cut.rows.copy_(rows)
+        self._cache.leave(layer, batch, rows, None)
+        self._aside(passage, partial(self._attend_brought, cut=cut))
+        return cut.attended
+
+    def _aside(self, passage: _Passage, step: Callable[[_Passage], None]) -> None:
+        """Do a step of a visit that is no part of what is recorded of it."""
+        if passage.recording is None:
+            step(passage)
         else:
-            if not self._cache.rests_on_device(layer):
-                self._let_others_go_on(passage)
-            output = self._cache.attend_on_device(layer, batch, query, new_rows)
+            passage.recording.aside(step, passage)
+
+    def _attend_on_host(self, passage: _Passage) -> None:
+        """The host attends rows where they rest; meanwhile other batches go on."""
+        assert self._cache is not None
+        layer, batch = passage.visit
+        self._cache.append_from_desk(layer, batch)
+        arrival = self._cache.attend_on_host(layer, batch)
+        self._let_others_go_on(passage)
+        with self._waiting():
+            arrival.wait()
         self._cache.attended(layer, batch)
-        return output
+
+    def _attend_brought(self, passage: _Passage, *, cut: Cut) -> None:
+        """The device attends rows that are brought to it; meanwhile other batches go on."""
+        assert self._cache is not None
+        layer, batch = passage.visit
+        self._cache.append_from_desk(layer, batch)
+        self._let_others_go_on(passage)
+        with self._waiting():
+            self._cache.arrive(layer, batch)
+        cut.attended.copy_(self._cache.attend_on_device(layer, batch, cut.query, cut.rows))
+        self._cache.attended(layer, batch)
 
     def _let_others_go_on(self, passage: _Passage) -> None:
         """Stop here until what this passage waits for is next in turn. Where host memory plays the device
         there is one processor for everything, and nothing to gain."""
-        if not self._overlaps:
-            return
-        passage.stop_clock()
-        assert passage.parent is not None
-        passage.parent.switch()
-        passage.stop_clock = self._stopwatch.start(DEVICE_COMPUTE)
+        if self._overlaps:
+            assert passage.parent is not None
+            passage.parent.switch()
 
 
 def _num_tokens(work: BatchWork) -> int:

@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
+from torch.nn.attention import sdpa_kernel
 
-from capstan.generation.attention import prefill_attention
+from capstan.generation.attention import (
+    FUSED_ATTENTION,
+    decode_attention,
+    prefill_attention,
+    visible_rows,
+)
 from capstan.generation.batching import Length
 from capstan.generation.cache_buffers import host_bytes
 from capstan.generation.job import Job, OnProgress
@@ -25,7 +31,7 @@ from capstan.hardware import Machine
 from capstan.plans import Plan, Trace
 from capstan.storage import Checkpoint, DiskSlab, SlabKeeper
 from capstan.storage.slab import aligned
-from capstan.transport import Group, Ledger
+from capstan.transport import Group, Ledger, stream_of
 
 # What an engine is opened for when nobody says: enough sequences that the block is not the limit.
 USUAL_LENGTHS = (Length(prompt=512, new=128),) * 64
@@ -315,13 +321,21 @@ def _cache_host_bytes(model: Model, plan: JobPlan) -> int:
 
 
 def _wake_libraries(model: Model, device: torch.device) -> None:
-    """Libraries load their kernels when first used, about a second's work: not in the first job's time."""
+    """Libraries load their kernels when first used, about a second's work: not in the first job's time. Some
+    keep memory for each stream that they work on."""
+    with torch.cuda.stream(stream_of(device, "compute")), sdpa_kernel(FUSED_ATTENTION):
+        _use_libraries(model, device)
+
+
+def _use_libraries(model: Model, device: torch.device) -> None:
     dtype, geometry = model.skeleton.compute_dtype, model.anatomy.layers[0].geometry
     hidden = torch.zeros(64, model.skeleton.hidden_size, dtype=dtype, device=device)
     heads = torch.zeros(64, geometry.num_query_heads, geometry.key_size, dtype=dtype, device=device)
     if geometry.key_size == geometry.value_size:
         keys = heads[:, : geometry.num_key_heads]
         prefill_attention(heads, keys, keys, geometry)
+        visible = visible_rows(torch.full((64,), 64), 64, None).to(device)
+        decode_attention(heads, keys.expand(64, *keys.shape), keys.expand(64, *keys.shape), visible, geometry)
     (hidden @ hidden.T).softmax(-1).argmax(-1).tolist()
 
 

@@ -4,12 +4,13 @@ Bytes are exact as long as every sequence generates all its tokens: the same `Bl
 decides who sits where, and each visit's traffic follows from the placement. Seconds are a model. Beside an
 accelerator, resources work at the same time, and a sweep takes
 
-    max(seconds of the busiest resource, (device + host attention) / batches) + overlap lost
+    max(seconds of the busiest resource, (device + host attention) / batches) + overlap lost + boundary
 
-since each batch passes through device and host in turn; with room for two layers only, the next one's
-weights cannot cross while the last batches of this one are attended, which loses about a batch's share of the
-shorter of the two. Where a slice of host memory plays the device, copies are made by the processor that
-computes:
+since each batch passes through device and host in turn. With room for two layers only, the next one's weights
+cannot cross while the last batches of this one are attended, which loses about a batch's share of the shorter
+of the two; and where weights are decoded, the next layer cannot begin before this one has ended, so device
+and host take turns. Between two sweeps Python works alone: tokens are chosen, and each batch's hidden states
+made. Where a slice of host memory plays the device, copies are made by the processor that computes:
 
     device + host attention + copies, or disk if that is longer
 """
@@ -27,6 +28,17 @@ from capstan.generation.rank_traffic import rank_links_s, rank_traffic
 from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE, HOST_TO_DISK
 from capstan.hardware import Machine
 from capstan.plans import Phase, Traffic
+
+# Shares of what the probe measures, seen on an H200. A model's layers do not multiply at the rate of one
+# product alone; attention over rows on the device does not read at the rate of one long copy; a link is
+# slower while the host attends.
+_PRODUCT_SHARE = 0.7
+_ROWS_SHARE = 0.35
+_LINK_SHARE = 0.9
+# What a decode step's kernels take for one layer, however little they do, and the part of the time for
+# dispatching a layer that replaying a recorded step takes.
+_STEP_S = 6e-5
+_REPLAY_SHARE = 0.12
 
 # Handing a visit over to the host's threads and taking its result back.
 _HANDOVER_S = 2e-4
@@ -48,6 +60,7 @@ class SweepSize(NamedTuple):
     prefix_crossings: int = 0  # visits of a layer for which it crosses to the device
     prefix_tokens: int = 0  # of the prefix, if this sweep computes it
     chunks: int = 0
+    prompt_chunks: int = 0  # those of the chunks that are of prompts
     prompt_square: int = 0  # scores of prompts, for attention's arithmetic
     waves: int = 1  # times that the weights are brought
 
@@ -72,6 +85,7 @@ def size_of(works: Sequence[BatchWork], on_host: frozenset[int], prefix: int) ->
         prefix_crossings=crossings if prefix else 0,
         prefix_tokens=sum(work.count for work in prompts if work.is_prefix),
         chunks=len(chunks),
+        prompt_chunks=len([chunk for _, chunk in chunks if chunk.is_prefill]),
         prompt_square=sum(work.count * (work.count + 2 * work.start) for work in prompts),
     )
 
@@ -150,19 +164,28 @@ def sweep_busy_s(
     touched += 2 * size.waves * sum(each.decoded_bytes for unit in model.inventory.units for each in unit)
     on_device = on_host = layers_on_host = 0
     for layout, tier in zip(model.formats, placement.cache, strict=True):
-        flops += 2 * size.prompt_square * layout.geometry.num_query_heads * layout.geometry.key_size
+        geometry = layout.geometry
+        flops += 2 * size.prompt_square * geometry.num_query_heads * geometry.key_size
         hosted = size.rows_read_on_host if tier != "device" else 0
         on_host += hosted * layout.row_bytes
         shared = (size.decoding - (size.decoding_on_host if tier != "device" else 0)) * size.prefix_rows
-        on_device += (size.rows_read - hosted + shared) * layout.row_bytes
+        decoded_bytes = 0 if layout.is_plain else 2 * geometry.cached_elements * model.anatomy.itemsize
+        on_device += (size.rows_read - hosted + shared) * (layout.row_bytes + decoded_bytes)
         layers_on_host += tier != "device"
     busy = {link: machine_link_s(machine, link, traffic.on(link)) for link in traffic.links}
-    computed_s = max(flops / rate, (touched + on_device) / device.memory_bandwidth_bytes_per_s)
-    dispatched_s = size.chunks * model.num_layers * model.anatomy.dispatch_s
-    # An accelerator computes one operation while the next is being dispatched.
-    busy[DEVICE_COMPUTE] = (
-        computed_s + dispatched_s if device.kind == "cpu" else max(computed_s, dispatched_s)
-    )
+    memory_rate = device.memory_bandwidth_bytes_per_s
+    prompts, steps = size.prompt_chunks, size.chunks - size.prompt_chunks
+    if device.kind == "cpu":
+        computed_s = max(flops / rate, (touched + on_device) / memory_rate)
+        busy[DEVICE_COMPUTE] = computed_s + size.chunks * model.num_layers * model.anatomy.dispatch_s
+    else:
+        computed_s = max(flops / (_PRODUCT_SHARE * rate), touched / memory_rate)
+        computed_s += on_device / (_ROWS_SHARE * memory_rate) + steps * model.num_layers * _STEP_S
+        # It computes one operation while the next is being dispatched.
+        dispatched = model.num_layers * (prompts + _REPLAY_SHARE * steps)
+        busy[DEVICE_COMPUTE] = max(computed_s, dispatched * model.anatomy.dispatch_s)
+        if on_host and HOST_TO_DEVICE in busy:
+            busy[HOST_TO_DEVICE] /= _LINK_SHARE
     if on_host:
         visits = layers_on_host * len(placement.host_batches(size.batches))
         busy[HOST_ATTENTION] = on_host / rates.host_attention + visits * _HANDOVER_S
@@ -185,14 +208,20 @@ def machine_link_s(machine: Machine, link: str, size_bytes: int) -> float:
     return machine.link(source, target).seconds(size_bytes) if size_bytes else 0.0
 
 
-def wall_s(busy_s: dict[str, float], placement: Placement, size: SweepSize, machine: Machine) -> float:
+def wall_s(
+    busy_s: dict[str, float], model: Model, placement: Placement, size: SweepSize, machine: Machine
+) -> float:
     """Seconds of a sweep in which resources are busy for so long (the formulas above)."""
     if machine.device("device").kind != "cpu":
         device, host = busy_s[DEVICE_COMPUTE], busy_s.get(HOST_ATTENTION, 0.0)
         longest = max(*busy_s.values(), (device + host) / size.batches)
-        if placement.ring_slots > 2 or size.batches == 1:
+        longest += (size.chunks + 2) * model.anatomy.dispatch_s
+        if placement.ring_slots > 2 or not host:
             return longest
-        return longest + min(host, busy_s.get(HOST_TO_DEVICE, 0.0)) / size.batches
+        if any(each.decoded_bytes for unit in model.inventory.units for each in unit):
+            return max(longest, host + device)
+        lost = min(host, busy_s.get(HOST_TO_DEVICE, 0.0)) / size.batches
+        return longest + (lost if size.batches > 1 else 0.0)
     disk = max((seconds for name, seconds in busy_s.items() if "disk" in name), default=0.0)
     return max(disk, sum(seconds for name, seconds in busy_s.items() if "disk" not in name))
 
@@ -261,7 +290,7 @@ def play(
         size = size_of(works, on_host, shape.prefix)
         traffic = sweep_traffic(model, placement, size, keeps_cache=keeps_cache)
         busy_s = sweep_busy_s(model, placement, size, traffic, rates)
-        seconds = wall_s(busy_s, placement, size, rates.machine)
+        seconds = wall_s(busy_s, model, placement, size, rates.machine)
         if model.stage is not None:
             passing = rank_traffic(
                 model.stage, works, hidden_bytes=model.hidden_bytes, keeps_cache=keeps_cache

@@ -200,5 +200,6 @@ def _attend_decoded(
         if prefix is not None:
             rows = torch.cat((prefix, rows))
         keys, values = layout.decode(rows[None])
-        visible = visible_rows(torch.tensor([end]), end, layout.geometry.sliding_window)
+        window = layout.geometry.sliding_window
+        visible = None if window is None else visible_rows(torch.tensor([end]), end, window)
         out[index] = decode_attention(query[index : index + 1], keys, values, visible, layout.geometry)[0]

@@ -296,13 +296,8 @@ class _Resources:
         if scratch_bytes:
             assert job._disk_folder is not None, "the planner uses no disk that was not granted"
             disk = self._stack.enter_context(DiskSlab(job._disk_folder, scratch_bytes))
-        names = ("cache in", "cache out", "host attention", "results in", "activations in", "activations out")
-        self._lanes = [
-            self._stack.enter_context(
-                Lane(name, device=device, ledger=ledger, is_urgent=name == "results in")
-            )
-            for name in names
-        ]
+        names = ("cache in", "cache out", "host attention", "activations in", "activations out")
+        self._lanes = [self._stack.enter_context(Lane(name, device=device, ledger=ledger)) for name in names]
         *cache_lanes, hidden_in, hidden_out = self._lanes
         cache = None
         if job._keeps_cache:

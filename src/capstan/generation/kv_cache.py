@@ -30,35 +30,39 @@ from capstan.generation.cache_buffers import (
     region_rows,
 )
 from capstan.generation.cache_regions import Regions
-from capstan.generation.decoding import Decoding
+from capstan.generation.decoding import Decoding, Form, form_of
 from capstan.generation.host_attention import Seats, attend_on_host
 from capstan.generation.placement import Placement
 from capstan.generation.row_format import RowFormat
 from capstan.generation.weights import DEVICE_TO_HOST, DISK_TO_HOST, HOST_TO_DEVICE, HOST_TO_DISK
 from capstan.storage import DiskSlab, Slab, SlabKeeper
-from capstan.transport import Lane, Ledger, Stopwatch, Ticket
+from capstan.transport import Lane, Ledger, Stopwatch, Ticket, cross
 
 HOST_ATTENTION = "host attention"
+
+# So many forms of its decode chunks are remembered of each batch: with refilled slots they come again.
+_KNOWN_FORMS = 4
 
 # So many chunks of prompts may wait in device memory for their rows to leave.
 ROWS_IN_FLIGHT = 2
 
 
 class Lanes(NamedTuple):
-    """What moves rows to the device and away from it; what attends them on the host and brings results."""
+    """What moves rows to the device and away from it; what attends them on the host."""
 
     rows_in: Lane
     rows_out: Lane
     attention: Lane
-    results: Lane
 
 
 class _Desk(NamedTuple):
-    """Host memory through which one batch's decoding sequences pass, as `DeskSizes` says."""
+    """Where one batch's decoding sequences pass between device and host: bytes as `DeskSizes` says, or those
+    of one layer seen as tensors. All on the host but the last."""
 
-    rows: Tensor
-    queries: Tensor
-    result: Tensor
+    rows: Tensor  # [sequences, row bytes]
+    queries: Tensor  # [sequences, heads, key size]
+    found: Tensor  # [sequences, heads, value size]
+    result: Tensor  # on the device
 
 
 class _Fetch(NamedTuple):
@@ -105,12 +109,18 @@ class KeyValueCache:
         self._staging = [self._host_slab.take(buffers.staging_slot_bytes) for _ in range(RING_SLOTS)]
         self._staged: list[torch.cuda.Event | None] = [None] * RING_SLOTS
         self._outgoing = self._host_slab.take(buffers.outgoing_bytes)
-        sizes = [desk_sizes(formats, placement, batch.slots) for batch in shape.batches]
-        self._desks = [_Desk(*map(self._host_slab.take, each)) for each in sizes]
-        self._results = {batch: self._device_slab.take(sizes[batch].result) for batch in self._host_batches}
+        self._desks = []
+        for index, batch in enumerate(shape.batches):
+            sizes = desk_sizes(formats, placement, batch.slots)
+            result = self._device_slab.take(sizes.result if index in self._host_batches else 0)
+            rows, queries, found = map(self._host_slab.take, sizes)
+            self._desks.append(_Desk(rows, queries, found, result))
+        self._seen_desks: dict[tuple[int, int, int], _Desk] = {}
+        self._clearing: dict[int, Ticket] = {}  # when the rows on a desk have been put where they rest
         self._stored: dict[tuple[int, int], Ticket] = {}
         self._leaving: deque[Ticket] = deque()
         self._decoding: dict[int, Decoding] = {}
+        self._known: dict[int, dict[Form, Decoding]] = {}
         self._to_fetch: deque[tuple[int, int]] = deque()
         self._fetches: dict[tuple[int, int], _Fetch] = {}
         self._num_fetched = 0
@@ -133,12 +143,16 @@ class KeyValueCache:
     def rests_on_device(self, layer: int) -> bool:
         return self._tiers[layer] == "device"
 
+    def decoding(self, batch: int) -> Decoding:
+        """The sequences of a batch that decode in this sweep; the same value for chunks of the same form."""
+        return self._decoding[batch]
+
     # --- a sweep -----------------------------------------------------------------------------------------
 
     def begin(self, works: Sequence[BatchWork]) -> None:
         """Start a sweep: the rows that it will read begin to arrive, in the order of the schedule."""
         self._decoding = {
-            work.batch: Decoding.of(chunk, self._device)
+            work.batch: self._decoding_of(work.batch, chunk)
             for work in works
             for chunk in work.chunks
             if not chunk.is_prefill
@@ -152,6 +166,16 @@ class KeyValueCache:
         )
         for _ in range(RING_SLOTS):
             self._fetch_next()
+
+    def _decoding_of(self, batch: int, chunk: Chunk) -> Decoding:
+        known, form = self._known.setdefault(batch, {}), form_of(chunk)
+        if form in known:
+            known[form].follow(chunk)
+        else:
+            if len(known) == _KNOWN_FORMS:
+                del known[next(iter(known))]
+            known[form] = Decoding.of(chunk, self._device)
+        return known[form]
 
     # --- reading -----------------------------------------------------------------------------------------
 
@@ -210,25 +234,22 @@ class KeyValueCache:
             self._disk.read(self._regions.disk_offset(layer, batch, work), source)
         return source
 
+    def arrive(self, layer: int, batch: int) -> None:
+        """Wait for the rows of a visit that are brought to the device."""
+        self._fetches[layer, batch].ticket.wait()
+
     def attend_on_device(self, layer: int, batch: int, query: Tensor, new_rows: Tensor) -> Tensor:
         """Attend the decoding sequences of a batch on the device, the new tokens' rows `[sequences, row
         bytes]`, already appended, among theirs.
 
         query: `[sequences, heads, size]`. Returns `[sequences, heads, value size]`.
         """
-        rows, seats = self._rows_on_device(layer, batch, new_rows)
-        return self._decoding[batch].attend(query, rows, seats, self._formats[layer])
-
-    def _rows_on_device(self, layer: int, batch: int, new_rows: Tensor) -> tuple[Tensor, Seats]:
-        """`[slots, rows, row bytes]`, and who sits where in them."""
-        decoding = self._decoding[batch]
+        decoding, layout = self._decoding[batch], self._formats[layer]
         if (layer, batch) not in self._fetches:
-            return self._regions.rows(layer, batch), decoding.seats
+            return decoding.attend_resting(query, self._regions.rows(layer, batch), layout)
         fetch = self._fetches.pop((layer, batch))
-        fetch.ticket.wait()
-        order = range(len(decoding.ends))
-        fetch.target[torch.arange(len(order), device=self._device), decoding.starts] = new_rows
-        return fetch.target, Seats.of(list(order), decoding.ends)
+        fetch.target[torch.arange(len(new_rows), device=self._device), decoding.starts] = new_rows
+        return decoding.attend_brought(query, fetch.target, layout)
 
     def prefix(self, layer: int, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
         """Keys and values `[prefix, key heads, size]` that prompts of this chunk follow, if any."""
@@ -261,77 +282,108 @@ class KeyValueCache:
         brought = is_decoded_there and self._is_brought(layer, batch)
         return not brought or (layer, batch) in self._fetches
 
-    def attend_on_host(
-        self, layer: int, batch: int, query: Tensor, new_rows: Tensor
-    ) -> tuple[Ticket, Tensor]:
-        """Attend the decoding sequences of a batch where their rows rest, the new tokens' rows among them.
-
-        query: `[sequences, heads, size]` on the device. Returns what says that the result is there, and the
-        result, `[sequences, heads, value size]` on the device.
-        """
-        layout, decoding = self._formats[layer], self._decoding[batch]
-        geometry, count = layout.geometry, len(decoding.ends)
-        desk = self._desks[batch]
-        queries = _shaped(desk.queries, query.dtype, (count, geometry.num_query_heads, geometry.key_size))
-        shape = (count, geometry.num_query_heads, geometry.value_size)
-        found = _shaped(desk.result, query.dtype, shape)
-        result = _shaped(self._results[batch], query.dtype, shape)
+    def attend_on_host(self, layer: int, batch: int) -> Ticket:
+        """Attend a batch's queries on its desk where its rows rest, the new rows on the desk among them."""
+        layout, decoding, desk = self._formats[layer], self._decoding[batch], self._desk(layer, batch)
         fetch = self._fetches.pop((layer, batch), None)
         rows = self._regions.rows(layer, batch) if fetch is None else fetch.target
-        seats = decoding.seats if fetch is None else Seats.of(list(range(count)), decoding.ends)
-        fresh = _shaped(desk.rows, torch.uint8, (count, layout.row_bytes))
-        lanes = self._lanes
-
-        def send() -> None:
-            lanes.rows_out.copy(queries, query, link=DEVICE_TO_HOST, content="activations")
-            if fetch is None:  # else they pass through the desk on their way to disk
-                lanes.rows_out.copy(fresh, new_rows, link=DEVICE_TO_HOST, content="cache")
-            lanes.rows_out.synchronize()
+        seats = decoding.seats
+        if fetch is not None:
+            seats = Seats.of(list(range(len(decoding.ends))), decoding.ends)
+        for tensor, link in ((desk.queries, DEVICE_TO_HOST), (desk.result, HOST_TO_DEVICE)):
+            self._ledger.count(link, "activations", tensor.numel() * tensor.element_size())
+        if fetch is None:  # else on their way to disk
+            self._ledger.count(DEVICE_TO_HOST, "cache", desk.rows.numel())
 
         def attend() -> None:
+            self._lanes.attention.synchronize()  # the desk has been filled
             with Stopwatch(self._ledger, torch.device("cpu")).time(HOST_ATTENTION):
                 attend_on_host(
-                    queries,
+                    desk.queries,
                     rows,
                     layout,
                     seats,
-                    out=found,
+                    out=desk.found,
                     prefix=self._regions.prefixes[layer] if self._shape.prefix else None,
-                    new_rows=fresh,
+                    new_rows=desk.rows,
                     threads=self._host_threads,
                 )
 
-        def bring() -> None:
-            lanes.results.copy(result, found, link=HOST_TO_DEVICE, content="activations")
+        return self._lanes.attention.submit(attend, after=[fetch.ticket] if fetch else [])
 
-        sent = lanes.rows_out.submit(send, uses=[query, new_rows])
-        attended = lanes.attention.submit(attend, after=[sent, *([fetch.ticket] if fetch else [])])
-        return lanes.results.submit(bring, after=[attended]), result
+    def collect(self, layer: int, batch: int) -> Tensor:
+        """What host attention found crosses from the desk: `[sequences, heads, value size]`."""
+        desk = self._desk(layer, batch)
+        cross(desk.result, desk.found)
+        return desk.result
+
+    # --- a desk ------------------------------------------------------------------------------------------
+
+    def leave(self, layer: int, batch: int, rows: Tensor, query: Tensor | None) -> None:
+        """New rows `[sequences, row bytes]` cross to the batch's desk, which must be clear; so do queries
+        `[sequences, heads, size]` for the host."""
+        desk = self._desk(layer, batch)
+        cross(desk.rows, rows)
+        if query is not None:
+            cross(desk.queries, query)
+
+    def clear_desk(self, batch: int) -> None:
+        """Wait until the rows on a batch's desk are where they rest."""
+        ticket = self._clearing.pop(batch, None)
+        if ticket is not None:
+            ticket.wait_on_host()
+
+    def append_from_desk(self, layer: int, batch: int) -> None:
+        """Put the rows on a desk where they rest, unless host attention does."""
+        if self._tiers[layer] == "host" and batch in self._host_batches:
+            return
+        chunk, rows = self._decoding[batch].chunk, self._desk(layer, batch).rows
+        self._ledger.count(DEVICE_TO_HOST, "cache", rows.numel())
+
+        def put() -> None:
+            self._lanes.rows_out.synchronize()
+            if self._tiers[layer] == "disk":
+                self._write_disk(layer, batch, chunk, rows)
+                return
+            region = self._regions.rows(layer, batch)
+            for work, run in chunk.runs():
+                region[work.slot, self._regions.own(work)] = rows[run]
+
+        self._stored[layer, batch] = self._clearing[batch] = self._lanes.rows_out.submit(put)
+
+    def _desk(self, layer: int, batch: int) -> _Desk:
+        count = len(self._decoding[batch].ends)
+        if (layer, batch, count) not in self._seen_desks:
+            layout, desk = self._formats[layer], self._desks[batch]
+            geometry = layout.geometry
+            queries = (count, geometry.num_query_heads, geometry.key_size)
+            results = (count, geometry.num_query_heads, geometry.value_size)
+            on_host = self.is_attended_on_host(layer, batch)
+            self._seen_desks[layer, batch, count] = _Desk(
+                _shaped(desk.rows, torch.uint8, (count, layout.row_bytes)),
+                _shaped(desk.queries, layout.dtype, queries),
+                _shaped(desk.found, layout.dtype, results),
+                _shaped(desk.result, layout.dtype, results) if on_host else desk.result,
+            )
+        return self._seen_desks[layer, batch, count]
 
     # --- writing -----------------------------------------------------------------------------------------
 
-    def append(self, layer: int, batch: int, chunk: Chunk, key: Tensor, value: Tensor) -> Tensor:
-        """Encode a chunk's new keys and values `[tokens, key heads, size]` and send them to their region.
+    def encode(self, layer: int, key: Tensor, value: Tensor) -> Tensor:
+        """New keys and values `[tokens, key heads, size]` as rows `[tokens, row bytes]`."""
+        return self._formats[layer].encode(key, value)
 
-        Returns the encoded rows `[tokens, row bytes]`, on the device. New rows that host attention reads in
-        host memory go there with its queries.
-        """
-        rows = self._formats[layer].encode(key, value)
-        if not chunk.is_prefill and self._tiers[layer] == "host" and batch in self._host_batches:
-            return rows
+    def append(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
+        """Send the rows of prompts, or of tokens whose rows rest on the device, to their region."""
         if self._tiers[layer] == "device":
             self._put(layer, batch, chunk, rows)
-            return rows
-        send = self._send_prompts if chunk.is_prefill else self._send_tokens
-        if chunk.works[0].is_prefix:
-            send = self._send_prefix
+            return
+        send = self._send_prefix if chunk.works[0].is_prefix else self._send_prompts
         ticket = self._lanes.rows_out.submit(lambda: send(layer, batch, chunk, rows), uses=[rows])
         self._stored[layer, batch] = ticket
-        if chunk.is_prefill:  # rows stay in device memory until they have been sent
-            self._leaving.append(ticket)
-            if len(self._leaving) > ROWS_IN_FLIGHT:
-                self._leaving.popleft().wait_on_host()
-        return rows
+        self._leaving.append(ticket)  # rows stay in device memory until they have been sent
+        if len(self._leaving) > ROWS_IN_FLIGHT:
+            self._leaving.popleft().wait_on_host()
 
     def _put(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
         """Put a chunk's rows into their region on the device, prompts' after a copy of the prefix."""
@@ -364,19 +416,6 @@ class KeyValueCache:
         lane.synchronize()
         self._write_disk(layer, batch, chunk, staging)
 
-    def _send_tokens(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
-        """One row for each sequence, by way of its batch's desk."""
-        lane = self._lanes.rows_out
-        staging = _shaped(self._desks[batch].rows, torch.uint8, tuple(rows.shape))
-        lane.copy(staging, rows, link=DEVICE_TO_HOST, content="cache")
-        lane.synchronize()
-        if self._tiers[layer] == "disk":
-            self._write_disk(layer, batch, chunk, staging)
-            return
-        region = self._regions.rows(layer, batch)
-        for work, run in chunk.runs():
-            region[work.slot, self._regions.own(work)] = staging[run]
-
     def _write_disk(self, layer: int, batch: int, chunk: Chunk, rows: Tensor) -> None:
         assert self._disk is not None
         width = self._formats[layer].row_bytes
@@ -388,8 +427,8 @@ class KeyValueCache:
     def close(self) -> None:
         """Give the memory back; the lanes must be idle."""
         self._regions.forget()
-        self._ring, self._staging, self._desks, self._results = [], [], [], {}
-        self._fetches, self._decoding = {}, {}
+        self._ring, self._staging, self._desks = [], [], []
+        self._fetches, self._decoding, self._known, self._seen_desks = {}, {}, {}, {}
         self._device_slab.close()
         self._keeper.give_back(self._host_slab)
 

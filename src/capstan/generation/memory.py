@@ -133,6 +133,7 @@ def demand_of(
         "layer arguments": extent.sweep_tokens * model.anatomy.call_bytes_per_token,
         "stopped batches": shape.num_slots * _stopped_bytes(model, placement) if keeps_cache else 0,
         "workspace": workspace_of(model, placement, shape, extent, logit_rows=logit_rows),
+        "recorded steps": _TAPE_BYTES * len(shape.batches) if on_cuda and keeps_cache else 0,
         "libraries": _CUDA_LIBRARIES_BYTES if on_cuda else 0,
     }
     host = {
@@ -157,6 +158,8 @@ def demand_of(
 
 # cuBLAS keeps a workspace of 32 MiB on Hopper, and torch's allocator rounds blocks up.
 _CUDA_LIBRARIES_BYTES = 96 << 20
+# Intermediate values of a batch's recorded decode steps: torch's allocator takes at least so much for them.
+_TAPE_BYTES = 24 << 20
 
 
 def workspace_of(

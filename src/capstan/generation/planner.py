@@ -35,7 +35,7 @@ from capstan.hardware import Machine
 from capstan.plans import Phase, Plan, bytes_text
 
 Budgets = Mapping[Tier, int]
-_CHUNK_TOKENS = {"cuda": 4096, "cpu": 1024}
+_CHUNK_TOKENS = {"cuda": 2048, "cpu": 1024}
 _MOST_SLOTS = 512
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batches and rounds that are tried
 _MOST_BATCHES = 32
@@ -327,7 +327,7 @@ class Planner:
 
         def sweep_s(size: SweepSize) -> float:
             busy_s = self._busy_s(placement, size, keeps_cache=job.keeps_cache)
-            return wall_s(busy_s, placement, size, self.machine)
+            return wall_s(busy_s, self.model, placement, size, self.machine)
 
         tokens = int(slots * mean_prompt)
         prefill = SweepSize(

@@ -75,5 +75,15 @@ class RowFormat:
     def _decode(self, payload: Tensor, shape: tuple[int, int]) -> Tensor:
         full = (*payload.shape[:2], *shape)
         out = torch.empty(full, dtype=self.dtype, device=payload.device)
-        self.codec.decode_into(payload.reshape(-1), full, self.dtype, out)
+        self.codec.decode_into(_cut_out(payload).view(-1), full, self.dtype, out)
         return out
+
+
+def _cut_out(payload: Tensor) -> Tensor:
+    """A contiguous copy of bytes that lie apart, in words where they are made of words: that is several times
+    faster than byte by byte."""
+    word = torch.int64.itemsize
+    places = (payload.data_ptr(), payload.shape[-1], *payload.stride()[:-1])
+    if payload.is_meta or any(place % word for place in places):
+        return payload.contiguous()
+    return payload.view(torch.int64).contiguous().view(torch.uint8)

@@ -47,20 +47,28 @@ class FrontOutput(NamedTuple):
     calls: list[LayerCall]
 
 
+@dataclass
+class _Order:
+    """What all taps are told."""
+
+    calls: list[tuple[Tensor, LayerCall]] | None = None
+    returns: Tensor | None = None
+    num_extra_outputs: int = 0
+
+
 class _Tap(nn.Module):
     """Stands where a decoder layer was: notes the call, returns what it was told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, order: _Order) -> None:
         super().__init__()
-        self.calls: list[tuple[Tensor, LayerCall]] | None = None
-        self.returns: Tensor | None = None
-        self.num_extra_outputs = 0
+        self._order = order
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.calls is not None:
-            self.calls.append((hidden, LayerCall(args, kwargs)))
-        output = hidden if self.returns is None else self.returns
-        return (output, *[None] * self.num_extra_outputs) if self.num_extra_outputs else output
+        order = self._order
+        if order.calls is not None:
+            order.calls.append((hidden, LayerCall(args, kwargs)))
+        output = hidden if order.returns is None else order.returns
+        return (output, *[None] * order.num_extra_outputs) if order.num_extra_outputs else output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +115,9 @@ class Skeleton:
             for layer, prefix in zip(self.layers, self._layer_prefixes, strict=True)
         ]
         self._blanks = {name: holder[key] for sockets in self._sockets for name, holder, key in sockets}
-        self._taps = [_Tap() for _ in self.layers]
+        self._order = _Order()
         model.get_submodule(path.rpartition(".")[0]).add_module(
-            path.rpartition(".")[2], nn.ModuleList(self._taps)
+            path.rpartition(".")[2], nn.ModuleList(_Tap(self._order) for _ in self.layers)
         )
         self.table = _name_of(model, model.get_input_embeddings(), "input embedding")
         head = _name_of(model, model.get_output_embeddings(), "output embedding")
@@ -259,20 +267,17 @@ class Skeleton:
 
     def note_extra_outputs(self, count: int) -> None:
         """Layers of this model return a tuple with `count` values after the hidden states."""
-        for tap in self._taps:
-            tap.num_extra_outputs = count
+        self._order.num_extra_outputs = count
 
     @contextmanager
     def _taps_set(
         self, *, calls: list[tuple[Tensor, LayerCall]] | None, returns: Tensor | None
     ) -> Iterator[None]:
-        for tap in self._taps:
-            tap.calls, tap.returns = calls, returns
+        self._order.calls, self._order.returns = calls, returns
         try:
             yield
         finally:
-            for tap in self._taps:
-                tap.calls, tap.returns = None, None
+            self._order.calls, self._order.returns = None, None
 
 
 def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:

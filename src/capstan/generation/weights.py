@@ -80,7 +80,7 @@ class WeightStore:
         self._staging = [self._host_slab.take(buffers.host_slot_bytes) for _ in range(STAGING_SLOTS)]
         self._decoded = [self._device_slab.take(buffers.decoded_bytes) for _ in range(buffers.num_decoded)]
         self._homes: dict[str, Tensor] = {}
-        self._known_seats: dict[tuple[int, int, int], list[_Seat]] = {}
+        self._known_seats: dict[tuple[int, int, int], _Seats] = {}
         self._away = [[each for each in unit if tiers[each.name] != "device"] for unit in inventory.units]
         self._expected: deque[int] = deque()
         self._arriving: deque[_Arrival] = deque()
@@ -185,8 +185,9 @@ class WeightStore:
         for ticket in self._arriving[0].tickets:
             ticket.wait()
 
-    def take(self, unit: int) -> dict[str, Tensor]:
-        """The unit's tensors on the device, ready to compute with until it is released."""
+    def take(self, unit: int) -> Mapping[str, Tensor]:
+        """The unit's tensors on the device, ready to compute with until it is released. The same mapping
+        whenever they lie at the same places."""
         self.arrive()
         arrival = self._arriving.popleft()
         assert arrival.unit == unit, "units are taken in the order in which they were expected"
@@ -195,27 +196,28 @@ class WeightStore:
         buffer = self._num_taken % len(self._decoded)
         self._num_taken += 1
         seats = self._seats(unit, arrival.slot, buffer)
-        for tensor, payload, target in seats:
-            if not tensor.is_plain:
-                tensor.codec.decode_into(payload, tensor.spec.shape, tensor.dtype, target)
-        return {tensor.name: target for tensor, _, target in seats}
+        for tensor, payload, target in seats.encoded:
+            tensor.codec.decode_into(payload, tensor.spec.shape, tensor.dtype, target)
+        return seats.values
 
-    def _seats(self, unit: int, slot: int, buffer: int) -> list["_Seat"]:
+    def _seats(self, unit: int, slot: int, buffer: int) -> "_Seats":
         """A unit's tensors in a slot of the ring and a decoding buffer; the same at every visit."""
         if (unit, slot, buffer) not in self._known_seats:
-            seats, arrived, decoded = [], 0, 0
+            encoded, values, arrived, decoded = [], {}, 0, 0
             for tensor in self._inventory.units[unit]:
                 if self._tiers[tensor.name] == "device":
                     payload = self._homes[tensor.name]
                 else:
                     payload = self._ring[slot][arrived : arrived + tensor.stored_bytes]
                     arrived += aligned(tensor.stored_bytes)
-                target = payload
-                if not tensor.is_plain:
+                if tensor.is_plain:
+                    values[tensor.name] = _typed(payload, tensor)
+                else:
                     target = self._decoded[buffer][decoded : decoded + tensor.decoded_bytes]
                     decoded += aligned(tensor.decoded_bytes)
-                seats.append(_Seat(tensor, payload, _typed(target, tensor)))
-            self._known_seats[unit, slot, buffer] = seats
+                    values[tensor.name] = _typed(target, tensor)
+                    encoded.append((tensor, payload, values[tensor.name]))
+            self._known_seats[unit, slot, buffer] = _Seats(encoded, values)
         return self._known_seats[unit, slot, buffer]
 
     def release(self) -> None:
@@ -350,12 +352,12 @@ class WeightStore:
         self._host_slab.close()
 
 
-class _Seat(NamedTuple):
-    """A tensor of a unit: its bytes as they are stored, and what is computed with, which may be the same."""
+class _Seats(NamedTuple):
+    """A unit's tensors by name, ready to compute with, and how those that are stored in fewer bits get there:
+    tensor, its bytes as they are stored, its values."""
 
-    tensor: StoredTensor
-    payload: Tensor
-    values: Tensor
+    encoded: list[tuple[StoredTensor, Tensor, Tensor]]
+    values: dict[str, Tensor]
 
 
 class _Arrival(NamedTuple):

@@ -9,8 +9,9 @@ on it run the operations of `collectives`.
 from capstan.transport.coder import Coder
 from capstan.transport.communicator import Communicator, Pending
 from capstan.transport.conversation import Conversation, Operation
+from capstan.transport.crossing import cross
 from capstan.transport.group import Group
-from capstan.transport.lanes import Lane, Ticket
+from capstan.transport.lanes import Lane, Ticket, stream_of
 from capstan.transport.ledger import Ledger
 from capstan.transport.shaping import Shape
 from capstan.transport.stopwatch import Stopwatch
@@ -27,4 +28,6 @@ __all__ = [
     "Shape",
     "Stopwatch",
     "Ticket",
+    "cross",
+    "stream_of",
 ]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Self
 
 import torch
@@ -23,6 +24,18 @@ _PATIENCE_S = 600.0
 # By default CUDA gives all streams 8 queues between them, and a copy waits for whatever is before it in its
 # queue, on the other link too. Read when CUDA wakes up; whoever has set it knows why.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
+@cache
+def stream_of(device: torch.device, name: str) -> torch.cuda.Stream | None:
+    """The device's stream of this name; None where there are no streams.
+
+    There is one for each name, however many jobs come and go: torch has 32, and then hands them out again,
+    so that two lanes which were meant to run side by side would share one.
+    """
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Stream(device)
 
 
 class Ticket:
@@ -74,12 +87,10 @@ class Ticket:
 class Lane:
     """An ordered worker. Use as a context manager, or `close()` it."""
 
-    def __init__(self, name: str, *, device: torch.device, ledger: Ledger, is_urgent: bool = False) -> None:
-        """`is_urgent`: what it moves is small and somebody waits for it, so it goes before other lanes'."""
+    def __init__(self, name: str, *, device: torch.device, ledger: Ledger) -> None:
         self.name = name
         self.ledger = ledger
-        priority = -1 if is_urgent else 0
-        self._stream = torch.cuda.Stream(device, priority=priority) if device.type == "cuda" else None
+        self._stream = stream_of(device, name)
         # With its index, since "cuda" alone means another device whenever a thread changes its current one.
         self._device = device if self._stream is None else self._stream.device
         self.stopwatch = Stopwatch(ledger, self._device)
