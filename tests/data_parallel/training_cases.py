@@ -64,7 +64,7 @@ def losing(rank: int, size: int, arguments: Any) -> dict[str, Any]:
     """The last rank is killed (9) or stopped (19) at step 3: what the others say, and after how long."""
     model = make_model()
     name, signal = arguments["name"], arguments["signal"]
-    replica = wrap(model, make_optimizer(name, model), name, bucket_bytes=900, patience_s=3)
+    replica = wrap(model, make_optimizer(name, model), name, bucket_bytes=900, patience_s=2)
     started_s = 0.0
     try:
         for step in range(6):
@@ -74,7 +74,7 @@ def losing(rank: int, size: int, arguments: Any) -> dict[str, Any]:
                 if rank == size - 1 and signal == 9:
                     os.kill(os.getpid(), 9)
                 if rank == size - 1:
-                    time.sleep(9)
+                    time.sleep(6)
                     os._exit(3)
             one_step(replica, rank, step)
     except CapstanError as error:
