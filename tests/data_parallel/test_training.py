@@ -2,6 +2,7 @@
 wrongly.
 """
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,13 @@ def test_async_averaging_keeps_the_sum_and_survives_a_hundred_aborts(in_world):
     assert all(torch.equal(each["averaged"], found[0]["averaged"]) for each in found)
     mean = sum(each["trained"] for each in found) / 3
     torch.testing.assert_close(found[0]["averaged"], mean, atol=1e-6, rtol=1e-6)
+
+
+def test_a_script_may_end_while_it_averages_in_the_background(in_world):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert in_world(FILE, "unclosed", 2, port) == [0, 0]
 
 
 def test_gradients_are_accumulated_clipped_and_missing_ones_count_as_zero(in_world):

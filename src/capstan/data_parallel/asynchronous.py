@@ -1,5 +1,7 @@
 """Asynchronous model averaging: weights are averaged in the background while every rank goes on training."""
 
+import atexit
+import logging
 import time
 from functools import partial
 from threading import Event, Lock, Thread
@@ -9,12 +11,14 @@ import torch
 
 from capstan.codecs import codec_from_name
 from capstan.data_parallel.algorithm import Algorithm
-from capstan.errors import TimeoutExpired, UsageError
+from capstan.errors import CapstanError, TimeoutExpired, UsageError
 from capstan.transport import Coder, Conversation, Operation
 from capstan.transport.collectives import average
 
 if TYPE_CHECKING:
     from capstan.data_parallel.replica import Replica
+
+logger = logging.getLogger(__name__)
 
 
 class AsyncAverage(Algorithm):
@@ -58,6 +62,7 @@ class AsyncAverage(Algorithm):
         self._coder = Coder(self.codec, salt=replica.group.rank)
         self._buckets = replica.weight_buckets()
         self._copies = [torch.empty_like(bucket.flat) for bucket in self._buckets]
+        atexit.register(self._leave)
         self.resume()
 
     def before_forward(self) -> None:
@@ -92,7 +97,15 @@ class AsyncAverage(Algorithm):
         self._thread.start()
 
     def close(self) -> None:
+        atexit.unregister(self._leave)
         self.abort()
+
+    def _leave(self) -> None:
+        """A script that ends without `close` ends averaging, too: Python must not end beside its thread."""
+        try:
+            self.abort()
+        except CapstanError as error:
+            logger.warning("Averaging ended badly: %s", error)
 
     # --- in the background -------------------------------------------------------------------------------
 

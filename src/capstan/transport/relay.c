@@ -1,6 +1,5 @@
 /* A network between TUN devices: every device sends and receives at most at a rate, and a packet arrives one
- * delay after it was sent. A sender whose link is busy waits, as at a network card; what would wait too long before
- * a receiver's link is dropped, as in a switch. */
+ * delay after it was sent. What would wait too long is dropped, as a switch does. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -15,7 +14,6 @@
 #define MAX_PACKET 65536
 #define MAX_DEVICES 64
 #define AT_ONCE 64
-#define AHEAD_NS 1000000 /* what a network card holds that it has not sent */
 
 typedef struct {
     int64_t due_ns;
@@ -73,7 +71,7 @@ static int64_t now_ns(void) {
 static int64_t later(int64_t one, int64_t other) { return one > other ? one : other; }
 
 /* Relay until a device is gone. Device i has the address base + i; ns_per_byte and delay are those of every
- * device's link; a packet that would wait longer than limit_ns before a receiver is dropped. Returns errno. */
+ * device's link; a packet that would wait longer than limit_ns in a queue is dropped. Returns errno. */
 int capstan_relay(const int *devices, int num_devices, uint32_t base, double ns_per_byte, int64_t delay_ns,
                   int64_t limit_ns) {
     static unsigned char buffer[MAX_PACKET];
@@ -83,20 +81,13 @@ int capstan_relay(const int *devices, int num_devices, uint32_t base, double ns_
     if (num_devices > MAX_DEVICES) return EINVAL;
     for (int i = 0; i < num_devices; i++) polled[i] = (struct pollfd){.fd = devices[i], .events = POLLIN};
     for (;;) {
-        int64_t start = now_ns(), next = heap_size ? heap[0].due_ns : start + 1000000000;
-        for (int i = 0; i < num_devices; i++) { /* a sender whose link is busy waits, and nothing of it is lost */
-            int64_t free_at = sent_until[i] - AHEAD_NS;
-            polled[i].events = free_at <= start ? POLLIN : 0;
-            if (free_at > start && free_at < next) next = free_at;
-        }
-        int64_t wait_ns = later(0, next - start);
+        int64_t wait_ns = heap_size ? later(0, heap[0].due_ns - now_ns()) : 1000000000;
         struct timespec timeout = {wait_ns / 1000000000, wait_ns % 1000000000};
         if (ppoll(polled, num_devices, &timeout, NULL) < 0 && errno != EINTR) return errno;
         for (int i = 0; i < num_devices; i++) {
             if (polled[i].revents & (POLLERR | POLLHUP | POLLNVAL)) return ENODEV;
             if (!(polled[i].revents & POLLIN)) continue;
             for (int count = 0; count < AT_ONCE; count++) {
-                if (sent_until[i] - now_ns() > AHEAD_NS) break;
                 ssize_t length = read(devices[i], buffer, MAX_PACKET);
                 if (length < 20) break; /* nothing more, or no packet */
                 uint32_t address;
@@ -104,6 +95,7 @@ int capstan_relay(const int *devices, int num_devices, uint32_t base, double ns_
                 int64_t target = (int64_t)ntohl(address) - base;
                 if (buffer[0] >> 4 != 4 || target < 0 || target >= num_devices) continue;
                 int64_t now = now_ns(), takes = (int64_t)(length * ns_per_byte);
+                if (later(0, sent_until[i] - now) > limit_ns) continue;
                 int64_t left = later(now, sent_until[i]) + takes;
                 int64_t arrives = later(left + delay_ns, received_until[target] + takes);
                 if (arrives - left - delay_ns > limit_ns) continue;
