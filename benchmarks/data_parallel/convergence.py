@@ -45,8 +45,11 @@ def main() -> None:
     command += [str(Path(__file__).with_name("convergence_rank.py")), json.dumps(config)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True, timeout=1800)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    report(json.loads(done.stdout.splitlines()[-1]), config | {"ranks": options.ranks})
 
+
+def report(found: dict[str, Any], setting: dict[str, Any], **more: Any) -> None:
+    """Write the record and print the table."""
     bars: dict[str, Any] = {}
     for task, results in found.items():
         plain = results["gradient_allreduce"]["loss"]
@@ -66,12 +69,13 @@ def main() -> None:
         peers={},
         bound={"value": 1.0, "how": "the loss of plain averages with the same seeds and data"},
         bars=bars,
-        setting=config | {"ranks": options.ranks, "batch": "16 a rank", "optimizer": "Adam"},
+        setting=setting | {"batch": "16 a rank", "optimizer": "Adam"},
+        **more,
     )
-    print("| algorithm | " + " | ".join(TASKS) + " |")
-    print("| --- |" + " --- |" * len(TASKS))
+    print("| algorithm | " + " | ".join(found) + " |")
+    print("| --- |" + " --- |" * len(found))
     for name in ALGORITHMS:
-        results = [found[task][name] for task in TASKS]
+        results = [found[task][name] for task in found]
         cells = [f"{each['loss_ratio']:.2f} ({statistics.mean(each['accuracy']):.0%})" for each in results]
         print(f"| {name} | " + " | ".join(cells) + " |")
     for name, bar in bars.items():
