@@ -1,12 +1,14 @@
 """Who sits where and when: every sequence is computed once and in order, and no slot stays idle."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capstan.generation.batching import BatchShape, Block, BlockShape, Length, shape_for
+from capstan.generation.arrivals import open_lengths
+from capstan.generation.batching import BatchShape, Block, BlockShape, InFlight, Length, shape_for
 from capstan.generation.block_schedule import Visit, zigzag
+from capstan.generation.memory import extent_of
 
 lengths_of_jobs = st.lists(st.builds(Length, st.integers(1, 30), st.integers(1, 8)), min_size=1, max_size=16)
 counts = st.integers(1, 5)
@@ -124,3 +126,49 @@ def test_zigzag_visits_every_layer_of_every_batch_once_and_a_layer_for_all_batch
 ):
     visits = zigzag(num_layers, batches)
     assert visits == [Visit(layer, batch) for layer in range(num_layers) for batch in batches]
+
+
+@given(
+    st.integers(4, 40),
+    counts,
+    counts,
+    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 39), st.integers(1, 39)), max_size=40),
+    st.sets(st.integers(0, 39)),
+)
+def test_in_an_open_block_all_who_join_are_computed_within_the_tokens_planned_for(
+    longest, slots, batches, joining, leaving
+):
+    """`joining`: at which sweep, prompt and new tokens. `leaving`: who is dropped a sweep after joining."""
+    planned = open_lengths(longest, slots * batches)
+    shape = shape_for(planned, slots=slots, batches=batches, chunk_tokens=longest)
+    extent = extent_of(shape, planned)
+    block = Block(shape, [], most=InFlight(extent.sweep_tokens, extent.batch_tokens))
+    waiting = [
+        (at, Length(min(prompt, longest - 1), max(1, min(new, longest - prompt))))
+        for at, prompt, new in sorted(joining)
+    ]
+    who, computed, dropped, num_joined = {}, Counter(), {}, 0
+    expected = dict(enumerate(length.new for _, length in waiting))
+    for sweep in range(10_000):
+        gone = [number for number, index in who.items() if index in leaving and sweep > dropped[index]]
+        block.finish(gone)
+        for number in gone:
+            del expected[who.pop(number)]
+        while waiting and waiting[0][0] <= sweep:
+            number = block.join(waiting.pop(0)[1])
+            assert number not in who
+            who[number], dropped[num_joined] = num_joined, sweep
+            num_joined += 1
+        works = block.sweep()
+        if not works and not waiting:
+            break
+        in_batches = [sum(chunk.num_tokens for chunk in work.chunks) for work in works]
+        assert sum(in_batches) <= extent.sweep_tokens
+        assert all(count <= extent.batch_tokens for count in in_batches)
+        for work in (each for _, chunks in works for chunk in chunks for each in chunk.works):
+            computed[who[work.sequence]] += 1
+        for number in block.advance():
+            del who[number]
+    assert not who
+    assert {index: computed[index] for index in expected} == expected
+    assert len(block._lengths) <= max(1, len(joining))

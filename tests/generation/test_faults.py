@@ -14,8 +14,8 @@ import torch
 from capstan.errors import CapstanError, DoesNotFit
 from capstan.generation import Engine, Request, kv_cache, outcomes
 from capstan.generation.batching import Length
-from capstan.generation.job import Progress
 from capstan.generation.kv_cache import KeyValueCache
+from capstan.generation.measured import Progress
 from capstan.generation.skeleton import Skeleton
 from capstan.storage import Checkpoint, DiskSlab
 

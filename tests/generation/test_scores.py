@@ -34,8 +34,15 @@ def test_scores_equal_transformers_for_mixed_lengths_down_to_one_token(
         force_shape(slots=2, batches=2)
         scores = engine.score(texts)
         check_promises(engine)
+        greedy = reference.greedy(texts[1], 3)
+        continued = engine.score([texts[1] + greedy], likeliest=True)[0]
+    assert continued.likeliest[-4:] == (
+        continued.tokens[-4] == reference.greedy(texts[1][:-1], 1)[0],
+        *[True] * 3,
+    )
     assert [list(score.tokens) for score in scores] == texts
     for text, score in zip(texts, scores, strict=True):
+        assert score.likeliest == ()
         wanted = reference.logprobs(text)[:-1].gather(1, torch.tensor(text)[1:, None])[:, 0]
         assert list(score.logprobs) == pytest.approx(wanted.tolist(), abs=TOLERANCE)
         assert score.total == pytest.approx(float(wanted.sum()), abs=len(text) * TOLERANCE)

@@ -13,6 +13,7 @@ from capstan.cli.demo import demo
 from capstan.cli.generate import generate
 from capstan.cli.merge import merge
 from capstan.cli.probe import probe
+from capstan.cli.serve import serve
 from capstan.cli.train import train
 from capstan.errors import CapstanError
 
@@ -31,6 +32,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "probe": probe,
     "generate": generate,
     "merge": merge,
+    "serve": serve,
     "demo": demo,
 }
 for _name, _verb in VERBS.items():

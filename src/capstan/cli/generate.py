@@ -15,7 +15,7 @@ from capstan.errors import InputError, UsageError
 if TYPE_CHECKING:
     from capstan.generation.batch_job import BatchFile, BatchReport
     from capstan.generation.batch_shard import Shard
-    from capstan.generation.job import Progress
+    from capstan.generation.measured import Progress
     from capstan.generation.planner import JobPlan
 
 ModelOption = Annotated[

@@ -14,10 +14,15 @@ Json = dict[str, Any]
 
 def answer_line(asked: BatchRequest, completion: Completion, model: Model, *, created: int) -> Json:
     """The batch response to a request."""
+    return _response(asked.custom_id, 200, answer_body(asked, completion, model, created=created), error=None)
+
+
+def answer_body(asked: BatchRequest, completion: Completion, model: Model, *, created: int) -> Json:
+    """The completion as OpenAI's object, of text or of a chat."""
     num_prompt = len(completion.prompt_tokens)
     num_new = sum(len(answer.tokens) for answer in completion.answers)
     choice = _chat_choice if asked.is_chat else _text_choice
-    body = {
+    return {
         "id": f"{'chatcmpl' if asked.is_chat else 'cmpl'}-{asked.custom_id}",
         "object": "chat.completion" if asked.is_chat else "text_completion",
         "created": created,
@@ -37,7 +42,6 @@ def answer_line(asked: BatchRequest, completion: Completion, model: Model, *, cr
             "total_tokens": num_prompt + num_new,
         },
     }
-    return _response(asked.custom_id, 200, body, error=None)
 
 
 def error_line(bad: BadLine) -> Json:
@@ -72,27 +76,32 @@ def _text_choice(asked: BatchRequest, completion: Completion, answer: Answer, mo
         scored = [first, *(completion.prompt_logprobs or ())[1:], *scored]
     choice: Json = {"text": text, "logprobs": None}
     if answer.logprobs is not None:
-        choice["logprobs"] = _text_logprobs([entry for entry in scored if entry is not None], model)
+        choice["logprobs"] = text_logprobs([entry for entry in scored if entry is not None], model)
     return choice
 
 
-def _text_logprobs(entries: list[TokenLogprob], model: Model) -> Json:
-    """OpenAI's parallel lists; an echoed prompt's first token has none."""
+def text_logprobs(entries: Sequence[TokenLogprob], model: Model, *, offset: int = 0) -> Json:
+    """OpenAI's parallel lists; an echoed prompt's first token has none. Their text begins at `offset`."""
     tokens = [_text(model, [entry.token]) for entry in entries]
     tops = [{_text(model, [token]): value for token, value in entry.top} for entry in entries]
     return {
         "tokens": tokens,
         "token_logprobs": [None if isnan(entry.logprob) else entry.logprob for entry in entries],
         "top_logprobs": [top or None for top in tops],
-        "text_offset": [0, *accumulate(map(len, tokens))][:-1],
+        "text_offset": list(accumulate(map(len, tokens), initial=offset))[:-1],
     }
 
 
 def _chat_choice(asked: BatchRequest, completion: Completion, answer: Answer, model: Model) -> Json:
     choice: Json = {"message": {"role": "assistant", "content": answer.text}, "logprobs": None}
     if answer.logprobs is not None:
-        choice["logprobs"] = {"content": [_chat_entry(entry, model) for entry in answer.logprobs]}
+        choice["logprobs"] = chat_logprobs(answer.logprobs, model)
     return choice
+
+
+def chat_logprobs(entries: Sequence[TokenLogprob], model: Model) -> Json:
+    """OpenAI's list of a chat's tokens."""
+    return {"content": [_chat_entry(entry, model) for entry in entries]}
 
 
 def _chat_entry(entry: TokenLogprob, model: Model) -> Json:

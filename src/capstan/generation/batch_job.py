@@ -14,8 +14,8 @@ from capstan.generation.batch_lines import BadLine, BatchRequest, parse_lines
 from capstan.generation.batch_shard import WHOLE, Shard
 from capstan.generation.batching import Length
 from capstan.generation.engine import Engine
-from capstan.generation.job import OnProgress, Progress
 from capstan.generation.journal import Journal
+from capstan.generation.measured import OnProgress, Progress
 from capstan.generation.model import Model
 from capstan.generation.planner import JobPlan, Planner
 from capstan.generation.prefixes import shared_prefix

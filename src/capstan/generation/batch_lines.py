@@ -37,7 +37,7 @@ _ONLY = {
 }
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     """The parameters of a request, as they are written."""
 
     model_config = ConfigDict(extra="allow", strict=False)
@@ -105,11 +105,9 @@ def _parse_line(line: BatchLine, model: Model, max_tokens: int) -> BatchRequest 
         if line.trouble is not None:
             raise InputError(line.trouble)
         body, url = _body_of(line.raw)
-        return _batch_request(line.custom_id, body, url, model, max_tokens)
+        return batch_request(line.custom_id, body, url, model, max_tokens)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][:2])
-        reason = f"{where}: {first['msg']}"
+        reason = first_fault(error)
     except RecursionError:
         reason = "it is nested too deeply to be a request"
     except (CapstanError, ValueError, TypeError) as error:
@@ -117,19 +115,29 @@ def _parse_line(line: BatchLine, model: Model, max_tokens: int) -> BatchRequest 
     return BadLine(line.custom_id, f"line {line.number}: {reason}")
 
 
-def _body_of(raw: dict[str, Any]) -> tuple[_Body, str | None]:
+def first_fault(error: ValidationError) -> str:
+    """Where a request is not as it should be, and why, in a line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][:2])
+    return f"{where}: {first['msg']}"
+
+
+def _body_of(raw: dict[str, Any]) -> tuple[Body, str | None]:
     if "body" in raw:
         line = _Line.model_validate(raw)
-        return _Body.model_validate(line.body), line.url
+        return Body.model_validate(line.body), line.url
     if not isinstance(raw.get("custom_id", ""), str):
         raise InputError(f"custom_id must be text, not {raw['custom_id']!r}")
     plain = {name: value for name, value in raw.items() if name != "custom_id"}
-    return _Body.model_validate(plain), None
+    return Body.model_validate(plain), None
 
 
-def _batch_request(
-    custom_id: str, body: _Body, url: str | None, model: Model, max_tokens: int
-) -> BatchRequest:
+def batch_request(custom_id: str, body: Body, url: str | None, model: Model, max_tokens: int) -> BatchRequest:
+    """What a request's parameters ask for, its prompt as tokens. `max_tokens` is for one that states none.
+
+    Raises:
+        CapstanError: it cannot be answered.
+    """
     _refuse_unknown(body)
     is_chat = body.messages is not None
     if (body.prompt is None) == (body.messages is None):
@@ -163,7 +171,7 @@ def _first_stated(*values: int | None) -> int:
     return next(value for value in values if value is not None)
 
 
-def _refuse_unknown(body: _Body) -> None:
+def _refuse_unknown(body: Body) -> None:
     for name, value in (body.model_extra or {}).items():
         if name in _IGNORED:
             continue
@@ -173,7 +181,7 @@ def _refuse_unknown(body: _Body) -> None:
             raise UsageError(f"{name}={value!r} is not something this engine does; leave it out")
 
 
-def _logprobs(body: _Body, is_chat: bool) -> int | None:
+def _logprobs(body: Body, is_chat: bool) -> int | None:
     if is_chat:
         return (body.top_logprobs or 0) if body.logprobs else None
     if body.logprobs is None or body.logprobs is False:
@@ -181,7 +189,7 @@ def _logprobs(body: _Body, is_chat: bool) -> int | None:
     return int(body.logprobs)
 
 
-def _prompt_logprobs(body: _Body) -> int | None:
+def _prompt_logprobs(body: Body) -> int | None:
     if body.prompt_logprobs is not None:
         return body.prompt_logprobs
     return int(body.logprobs or 0) if body.echo and body.logprobs is not None else None

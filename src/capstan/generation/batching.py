@@ -5,6 +5,9 @@ have room for a number of tokens. Sequences wait in a queue, longest first, so t
 fits where a longer one sat and neighbours are of similar length. A sequence that ends frees its slot, and
 the next one starts in the same sweep in which the others go on.
 
+In a block that is open, sequences join while others run; they wait in the order in which they came, and
+prompts start only as far as the tokens in flight stay within what the block has room for.
+
 A prefix that all sequences begin with is computed once, in a sweep of its own before all others, and every
 sequence starts after it.
 
@@ -116,6 +119,13 @@ class Chunk:
             start += work.count
 
 
+class InFlight(NamedTuple):
+    """The most tokens that may pass through an open block at once: in a sweep, and in one of its batches."""
+
+    sweep_tokens: int
+    batch_tokens: int
+
+
 class BatchWork(NamedTuple):
     """What one GPU batch does in one sweep."""
 
@@ -135,17 +145,22 @@ class Block:
     """The slots of a block and the queue before it.
 
     `sweep()` says what to compute next; `finish()` reports sequences that ended early. Sequences that have
-    generated all their tokens leave by themselves.
+    generated all their tokens leave by themselves. With `most`, the block is open to those who `join()`; its
+    batches are then of one capacity.
     """
 
     shape: BlockShape
     lengths: Sequence[Length]
+    most: InFlight | None = None
+    _lengths: list[Length] = field(init=False)
+    _numbers: list[int] = field(init=False, default_factory=list)  # of sequences that are gone
     _queue: list[int] = field(init=False)
     _seats: list[list[_Seat | None]] = field(init=False)
     _has_prefix: bool = field(init=False, default=False)  # computed, or not needed
 
     def __post_init__(self) -> None:
         self._has_prefix = not self.shape.prefix
+        self._lengths = list(self.lengths)
         by_length = sorted(range(len(self.lengths)), key=lambda index: (-self.lengths[index].cached, index))
         self._queue = by_length[::-1]  # the longest is popped first
         self._seats = [[None] * batch.slots for batch in self.shape.batches]
@@ -157,6 +172,18 @@ class Block:
     @property
     def num_waiting(self) -> int:
         return len(self._queue)
+
+    @property
+    def num_free(self) -> int:
+        """Slots for which nobody waits."""
+        return max(0, self.shape.num_slots - self.num_running - self.num_waiting)
+
+    def join(self, length: Length) -> int:
+        """Let a sequence wait behind all others; returns its number, which one that is gone may have had."""
+        number = self._numbers.pop() if self._numbers else len(self._lengths)
+        self._lengths[number : number + 1] = [length]
+        self._queue.insert(0, number)
+        return number
 
     def unfinished(self) -> list[int]:
         """Sequences that run or wait."""
@@ -205,21 +232,36 @@ class Block:
         return bool(self._queue) or any(seat.num_done < seat.length.cached for seat in running)
 
     def finish(self, sequences: Sequence[int]) -> None:
-        """Free the slots of these sequences."""
+        """Free the slots of these sequences, or their places in the queue."""
         gone = set(sequences)
+        if not gone.isdisjoint(self._queue):
+            self._numbers += gone.intersection(self._queue)
+            self._queue = [number for number in self._queue if number not in gone]
         for seats in self._seats:
             for slot, seat in enumerate(seats):
                 if seat is not None and seat.sequence in gone:
+                    self._numbers.append(seat.sequence)
                     seats[slot] = None
 
     def _admit(self, batches: Sequence[int]) -> None:
+        left = self._left()
         for index in batches:
             seats = self._seats[index]
             for slot, seat in enumerate(seats):
                 if seat is None and self._queue:
-                    length = self.lengths[self._queue[-1]]
-                    if length.cached <= self.shape.batches[index].capacity:
+                    length = self._lengths[self._queue[-1]]
+                    fits = length.cached <= self.shape.batches[index].capacity
+                    if fits and (left is None or left.admit(index, length.prompt)):
                         seats[slot] = _Seat(self._queue.pop(), length, self.shape.prefix)
+
+    def _left(self) -> "_Left | None":
+        """How many more tokens may be in flight in the next sweep, in which those who are seated have one."""
+        if self.most is None:
+            return None
+        seated = [sum(seat is not None for seat in seats) for seats in self._seats]
+        return _Left(
+            self.most.sweep_tokens - sum(seated), [self.most.batch_tokens - count for count in seated]
+        )
 
     def _chunks(self, seats: list[_Seat | None]) -> Iterator[Chunk]:
         decoding: list[Work] = []
@@ -235,6 +277,22 @@ class Block:
         if decoding:
             yield Chunk(is_prefill=False, works=tuple(decoding))
         yield from _whole_prompts(prompts, self.shape.chunk_tokens)
+
+
+@dataclass
+class _Left:
+    """Tokens that may still be in flight."""
+
+    in_sweep: int
+    in_batch: list[int]
+
+    def admit(self, batch: int, num_tokens: int) -> bool:
+        """Take so many of them, if they are left."""
+        if num_tokens > min(self.in_sweep, self.in_batch[batch]):
+            return False
+        self.in_sweep -= num_tokens
+        self.in_batch[batch] -= num_tokens
+        return True
 
 
 def _whole_prompts(prompts: list[Work], chunk_tokens: int) -> Iterator[Chunk]:

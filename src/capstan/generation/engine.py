@@ -9,23 +9,27 @@ from typing import Literal, Self
 import torch
 from torch.nn.attention import sdpa_kernel
 
+from capstan.errors import UsageError
+from capstan.generation.arrivals import Arrivals
 from capstan.generation.attention import (
     FUSED_ATTENTION,
     decode_attention,
     prefill_attention,
     visible_rows,
 )
-from capstan.generation.batching import Length
+from capstan.generation.batching import BlockShape, Length
 from capstan.generation.cache_buffers import host_bytes
-from capstan.generation.job import Job, OnProgress
+from capstan.generation.job import Job
+from capstan.generation.measured import OnProgress
 from capstan.generation.memory import extent_of
 from capstan.generation.model import Model
 from capstan.generation.opening import plan_for
 from capstan.generation.planner import JobPlan, Planner
 from capstan.generation.prefixes import shared_prefix
 from capstan.generation.prompts import check_length, tokens_of
-from capstan.generation.requests import Answer, Completion, Request, Score, TokenLogprob
+from capstan.generation.requests import Completion, Request, Score
 from capstan.generation.sequences import Sequence as Growing
+from capstan.generation.sequences import completion_of
 from capstan.generation.weights import WeightStore
 from capstan.hardware import Machine
 from capstan.plans import Plan, Trace
@@ -215,11 +219,15 @@ class Engine:
             mine[growing.answer] = growing
             if len(mine) == growing.request.n:
                 del answered[growing.request_index]
-                yield _completion([mine[answer] for answer in range(growing.request.n)])
+                yield completion_of([mine[answer] for answer in range(growing.request.n)])
 
-    def score(self, texts: Iterable[str | Sequence[int]]) -> list[Score]:
-        """The log-probability of every token of each text given the ones before it, in the order given."""
-        asked = [Request(prompt=text, max_tokens=1, id=str(index)) for index, text in enumerate(texts)]
+    def score(self, texts: Iterable[str | Sequence[int]], *, likeliest: bool = False) -> list[Score]:
+        """The log-probability of every token of each text given the ones before it, in the order given; with
+        `likeliest` also whether it was the likeliest token there."""
+        asked = [
+            Request(prompt=text, max_tokens=1, prompt_logprobs=1 if likeliest else None, id=str(index))
+            for index, text in enumerate(texts)
+        ]
         sequences = [
             growing
             for index, request in enumerate(asked)
@@ -233,9 +241,39 @@ class Engine:
             Score(
                 tokens=tuple(growing.prompt),
                 logprobs=tuple(entry.logprob for entry in growing.prompt_logprobs),
+                likeliest=tuple(entry.token == entry.top[0][0] for entry in growing.prompt_logprobs)
+                if likeliest
+                else (),
             )
             for growing in sequences
         ]
+
+    def answer(self, arrivals: Arrivals, *, on_progress: OnProgress | None = None) -> Iterator[Growing]:
+        """Answer sequences that arrive while others run, until `arrivals` are closed; each comes back when it
+        is over, unless it was not wanted any more.
+
+        The plan is that of the opening. An arrival must be no longer than the longest sequence of its
+        `lengths` (`open_lengths` makes fitting ones), prompt and new tokens together.
+
+        Raises:
+            UsageError: the model is divided over ranks, which must all know what runs.
+        """
+        if self.model.stage is not None:
+            raise UsageError("A model that is divided over ranks cannot serve; give it whole jobs.")
+        yield from self._run_job(self._opening, [], on_progress=on_progress, arrivals=arrivals)
+
+    def sequences(self, request: Request) -> list[Growing]:
+        """The sequences that answer a request, one for each answer, as `answer` takes them.
+
+        Raises:
+            InputError: an empty prompt, or one that does not fit the model's context.
+        """
+        return self._sequences(0, request)
+
+    @property
+    def block(self) -> BlockShape:
+        """The block that the engine was opened for."""
+        return self._opening.shape
 
     def plan_job(self, lengths: Sequence[Length], *, keeps_cache: bool = True, prefix: int = 0) -> JobPlan:
         """The plan for sequences of these lengths, of which the first `prefix` tokens are the same, with the
@@ -269,6 +307,17 @@ class Engine:
             prefix = shared_prefix(asked, prompts)
         lengths = [growing.length for growing in sequences]
         job_plan = self.plan_job(lengths, keeps_cache=keeps_cache, prefix=prefix)
+        yield from self._run_job(job_plan, sequences, keeps_cache=keeps_cache, on_progress=on_progress)
+
+    def _run_job(
+        self,
+        job_plan: JobPlan,
+        sequences: list[Growing],
+        *,
+        keeps_cache: bool = True,
+        on_progress: OnProgress | None = None,
+        arrivals: Arrivals | None = None,
+    ) -> Iterator[Growing]:
         self.plan, self.trace = job_plan.plan, None
         job = Job(
             self.model,
@@ -281,6 +330,7 @@ class Engine:
             keeper=self._keeper,
             on_progress=on_progress,
             keeps_cache=keeps_cache,
+            arrivals=arrivals,
         )
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -337,17 +387,3 @@ def _use_libraries(model: Model, device: torch.device) -> None:
         visible = visible_rows(torch.full((64,), 64), 64, None).to(device)
         decode_attention(heads, keys.expand(64, *keys.shape), keys.expand(64, *keys.shape), visible, geometry)
     (hidden @ hidden.T).softmax(-1).argmax(-1).tolist()
-
-
-def _completion(answers: Sequence[Growing]) -> Completion:
-    first = answers[0]
-    scored: tuple[TokenLogprob | None, ...] | None = None
-    if first.request.prompt_logprobs is not None:
-        scored = (None, *first.prompt_logprobs)
-    finished: list[Answer] = [growing.finished() for growing in answers]
-    return Completion(
-        id=first.request.id,
-        prompt_tokens=tuple(first.prompt),
-        answers=tuple(finished),
-        prompt_logprobs=scored,
-    )

@@ -40,6 +40,10 @@ _LINK_SHARE = 0.9
 _STEP_S = 6e-5
 _REPLAY_SHARE = 0.12
 
+# A prefix's rows stay in the processor's caches while sequence after sequence attends them, which still
+# takes this share of what reading them from memory would.
+_PREFIX_SHARE = 0.7
+
 # Handing a visit over to the host's threads and taking its result back.
 _HANDOVER_S = 2e-4
 
@@ -63,6 +67,11 @@ class SweepSize(NamedTuple):
     prompt_chunks: int = 0  # those of the chunks that are of prompts
     prompt_square: int = 0  # scores of prompts, for attention's arithmetic
     waves: int = 1  # times that the weights are brought
+
+    @property
+    def rows_attended_on_host(self) -> float:
+        """Rows that take as long to attend as those that the host attends, the prefix's among them."""
+        return self.rows_read_on_host + _PREFIX_SHARE * self.decoding_on_host * self.prefix_rows
 
 
 def size_of(works: Sequence[BatchWork], on_host: frozenset[int], prefix: int) -> SweepSize:
@@ -163,11 +172,13 @@ def sweep_busy_s(
     touched = size.chunks * weight_bytes
     touched += 2 * size.waves * sum(each.decoded_bytes for unit in model.inventory.units for each in unit)
     on_device = on_host = layers_on_host = 0
+    attended = 0.0  # on the host
     for layout, tier in zip(model.formats, placement.cache, strict=True):
         geometry = layout.geometry
         flops += 2 * size.prompt_square * geometry.num_query_heads * geometry.key_size
         hosted = size.rows_read_on_host if tier != "device" else 0
         on_host += hosted * layout.row_bytes
+        attended += size.rows_attended_on_host * layout.row_bytes if tier != "device" else 0.0
         shared = (size.decoding - (size.decoding_on_host if tier != "device" else 0)) * size.prefix_rows
         decoded_bytes = 0 if layout.is_plain else 2 * geometry.cached_elements * model.anatomy.itemsize
         on_device += (size.rows_read - hosted + shared) * (layout.row_bytes + decoded_bytes)
@@ -188,7 +199,7 @@ def sweep_busy_s(
             busy[HOST_TO_DEVICE] /= _LINK_SHARE
     if on_host:
         visits = layers_on_host * len(placement.host_batches(size.batches))
-        busy[HOST_ATTENTION] = on_host / rates.host_attention + visits * _HANDOVER_S
+        busy[HOST_ATTENTION] = attended / rates.host_attention + visits * _HANDOVER_S
     if device.kind != "cpu":
         crossing = traffic.on(HOST_TO_DEVICE) + traffic.on(DEVICE_TO_HOST)
         busy[HOST_MEMORY] = (on_host + crossing) / host.memory_bandwidth_bytes_per_s

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from capstan.errors import DoesNotFit
 from capstan.generation.activations import Activations
-from capstan.generation.batching import BatchWork, Block, BlockShape, Length, Work
+from capstan.generation.arrivals import Arrivals, open_turns
+from capstan.generation.batching import BatchWork, Block, BlockShape, InFlight, Length, Work
 from capstan.generation.block_schedule import BlockSchedule, Pick, picks_of
 from capstan.generation.exchange import Exchange, outbox_bytes
 from capstan.generation.forecast import DECODE, PREFILL
 from capstan.generation.kv_cache import KeyValueCache, Lanes
-from capstan.generation.measured import Measured
+from capstan.generation.measured import Measured, OnProgress, Progress
 from capstan.generation.memory import Extent, demand_of, extent_of
 from capstan.generation.model import Model
 from capstan.generation.outcomes import (
@@ -41,21 +42,6 @@ from capstan.transport import Lane, Ledger, Stopwatch
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a job is; handed to the caller after every sweep."""
-
-    num_sequences: int
-    num_finished: int
-    num_generated: int
-    num_sweeps: int
-    num_running: int
-    seconds: float
-
-
-OnProgress = Callable[[Progress], None]
-
-
 @dataclass
 class _Turn:
     """A sweep over one wave: where logits are wanted, and what came of them if they were found here."""
@@ -67,7 +53,10 @@ class _Turn:
 
 
 class Job:
-    """Runs sequences through one plan. `run()` yields each sequence when it is over."""
+    """Runs sequences through one plan. `run()` yields each sequence when it is over.
+
+    With `arrivals`, others join while it runs, and it ends when those are closed.
+    """
 
     def __init__(
         self,
@@ -82,14 +71,16 @@ class Job:
         keeper: SlabKeeper,
         on_progress: OnProgress | None = None,
         keeps_cache: bool = True,
+        arrivals: Arrivals | None = None,
     ) -> None:
         self._model, self._weights, self._plan = model, weights, plan
-        self._sequences = list(sequences)
+        self._left = {id(sequence): sequence for sequence in sequences}  # not delivered yet
+        self._arrivals = arrivals
         self._device, self._disk_folder, self._ledger = device, disk_folder, ledger
         self._keeper, self._on_progress, self._keeps_cache = keeper, on_progress, keeps_cache
+        self._num_sequences, self._num_finished = len(self._left), 0
         self._num_generated = self._num_sweeps = 0
         self._largest_sweep = (0, 0)
-        self._delivered: set[int] = set()
         self.measured = Measured()
         self.device_bytes = self.host_bytes = 0  # of the cache and the activations, at most
 
@@ -118,18 +109,19 @@ class Job:
                 torch.cuda.empty_cache()
 
     def _run_block(self, shape: BlockShape) -> Iterator[Growing]:
-        yield from self._deliver(self._sequences)  # what ended in a sweep that was cut short
-        waiting = [sequence for sequence in self._sequences if sequence.finish_reason is None]
-        if not waiting:
+        yield from self._deliver(list(self._left.values()))  # what ended in a sweep that was cut short
+        waiting = list(self._left.values())
+        if not waiting and self._arrivals is None:
             return
         for sequence in waiting:
             if len(sequence.prompt_logprobs) < len(sequence.prompt) - 1:
                 sequence.prompt_logprobs.clear()  # half of them, of a sweep that was cut short
         lengths = [sequence.length for sequence in waiting]
-        block = Block(shape, lengths)
-        with _Resources(self, shape, lengths) as resources:
+        planned = lengths if self._arrivals is None else self._plan.lengths
+        block = self._block(shape, lengths)
+        with _Resources(self, shape, planned) as resources:
             under_way: deque[_Turn | None] = deque()
-            for works in block.turns():
+            for works in self._turns(block, waiting):
                 under_way.append(self._sweep(resources, works, waiting, block) if works else None)
                 block.advance()
                 # A wave's outcomes are wanted for its next turn; meanwhile other ranks are at its last one.
@@ -141,11 +133,28 @@ class Job:
                         self._on_progress(self._progress(block.num_running))
                     yield from self._deliver([waiting[index] for index in turn.ended])
 
+    def _block(self, shape: BlockShape, lengths: Sequence[Length]) -> Block:
+        if self._arrivals is None:
+            return Block(shape, lengths)
+        extent = extent_of(shape, self._plan.lengths)
+        return Block(shape, lengths, most=InFlight(extent.sweep_tokens, extent.batch_tokens))
+
+    def _turns(self, block: Block, waiting: list[Growing]) -> Iterator[list[BatchWork]]:
+        if self._arrivals is None:
+            return block.turns()
+        return open_turns(self._arrivals, block, waiting, on_join=self._join, on_leave=self._leave)
+
+    def _join(self, sequence: Growing) -> None:
+        self._left[id(sequence)] = sequence
+        self._num_sequences += 1
+
+    def _leave(self, sequence: Growing) -> None:
+        del self._left[id(sequence)]
+
     def _deliver(self, sequences: Sequence[Growing]) -> Iterator[Growing]:
         """Yield those that are over, each once."""
         for sequence in sequences:
-            if sequence.finish_reason is not None and id(sequence) not in self._delivered:
-                self._delivered.add(id(sequence))
+            if sequence.finish_reason is not None and self._left.pop(id(sequence), None) is not None:
                 yield sequence
 
     def _sweep(
@@ -197,7 +206,9 @@ class Job:
         self, picks: Sequence[Pick], outcomes: Sequence[Outcome], waiting: list[Growing]
     ) -> list[int]:
         self._num_generated += sum(outcome.token is not None for outcome in outcomes)
-        return take_over(picks, outcomes, waiting)
+        ended = take_over(picks, outcomes, waiting)
+        self._num_finished += len(ended)
+        return ended
 
     def _positions(self, work: Work, sequence: Growing) -> range:
         """Where logits are wanted: at the last token, or at every one of a prompt that is to be scored."""
@@ -243,8 +254,8 @@ class Job:
 
     def _progress(self, num_running: int) -> Progress:
         return Progress(
-            num_sequences=len(self._sequences),
-            num_finished=len([each for each in self._sequences if each.finish_reason is not None]),
+            num_sequences=self._num_sequences,
+            num_finished=self._num_finished,
             num_generated=self._num_generated,
             num_sweeps=self._num_sweeps,
             num_running=num_running,

@@ -1,5 +1,6 @@
-"""What a job was seen to take."""
+"""What a job was seen to take, and how far it is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from capstan.plans import Phase
@@ -29,3 +30,18 @@ class Measured:
                 num_tokens=known.num_tokens + phase.num_tokens,
             )
         self.phases[phase.name] = phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a job is; handed to the caller after every sweep."""
+
+    num_sequences: int
+    num_finished: int
+    num_generated: int
+    num_sweeps: int
+    num_running: int
+    seconds: float
+
+
+OnProgress = Callable[[Progress], None]

@@ -212,7 +212,10 @@ class _Build:
             for tier in TIERS
         }
         prefix = aligned(shape.prefix * self.row_bytes)
-        hosted = size.rows_read_on_host * self.row_bytes
+        hosted, attended = (
+            size.rows_read_on_host * self.row_bytes,
+            size.rows_attended_on_host * self.row_bytes,
+        )
         crossing, written = size.rows_read * self.row_bytes - hosted, size.tokens * self.row_bytes
         names = self._count("cache", num_layers)
         for tier in TIERS:
@@ -230,7 +233,7 @@ class _Build:
         for name in (names["host"], names["disk"]):
             self._crosses(DEVICE_TO_HOST, name, written)
             self._crosses(HOST_TO_DEVICE, name, crossing)
-            self._add(HOST_ATTENTION, name, hosted / given.rates.host_attention)
+            self._add(HOST_ATTENTION, name, attended / given.rates.host_attention)
             self._add(HOST_MEMORY, name, hosted / self._host_bandwidth)
         self.spend[DISK_TO_HOST][names["disk"]] = self._link_s(
             "disk", "host", size.rows_read * self.row_bytes

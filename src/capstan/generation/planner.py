@@ -330,10 +330,12 @@ class Planner:
             return wall_s(busy_s, self.model, placement, size, self.machine)
 
         tokens = int(slots * mean_prompt)
+        chunks = max(len(shape.batches), -(-tokens // shape.chunk_tokens))
         prefill = SweepSize(
             batches=len(shape.batches),
             tokens=tokens,
-            chunks=max(len(shape.batches), -(-tokens // shape.chunk_tokens)),
+            chunks=chunks,
+            prompt_chunks=chunks,
             prefix_rows=job.prefix,
             prompt_square=int(slots * mean_prompt * (mean_prompt + 2 * job.prefix)),
             waves=shape.waves,

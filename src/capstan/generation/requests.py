@@ -96,11 +96,13 @@ class Completion:
 class Score:
     """The log-probabilities of a text's tokens, each given the ones before it.
 
-    `logprobs[i]` belongs to `tokens[i + 1]`: the first token has nothing before it.
+    `logprobs[i]` belongs to `tokens[i + 1]`: the first token has nothing before it. `likeliest[i]`, if it
+    was asked for, says whether no token was likelier there.
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
+    likeliest: tuple[bool, ...] = ()
 
     @property
     def total(self) -> float:

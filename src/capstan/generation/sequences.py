@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from capstan.generation.batching import Length
-from capstan.generation.requests import Answer, FinishReason, Request, TokenLogprob
+from capstan.generation.requests import Answer, Completion, FinishReason, Request, TokenLogprob
 from capstan.generation.sampling import Draw
 
 # A token has at least a byte. So many more than a stop text has bytes are looked at, for those that add none.
@@ -26,6 +26,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     cut_text: str | None = None
+    is_wanted: bool = True  # False, by any thread: nobody waits for it any more
 
     @property
     def length(self) -> Length:
@@ -85,3 +86,18 @@ class Sequence:
             finish_reason=self.finish_reason,
             logprobs=tuple(self.logprobs) if self.request.logprobs is not None else None,
         )
+
+
+def completion_of(answers: list[Sequence]) -> Completion:
+    """What the sequences of one request, all over, come to."""
+    first = answers[0]
+    scored: tuple[TokenLogprob | None, ...] | None = None
+    if first.request.prompt_logprobs is not None:
+        scored = (None, *first.prompt_logprobs)
+    finished: list[Answer] = [growing.finished() for growing in answers]
+    return Completion(
+        id=first.request.id,
+        prompt_tokens=tuple(first.prompt),
+        answers=tuple(finished),
+        prompt_logprobs=scored,
+    )
