@@ -5,7 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capstan.codecs import Cast, Codec, GroupQuantised, Identity, codec_from_name
+from capstan.codecs import (
+    Cast,
+    Codec,
+    GroupQuantised,
+    Identity,
+    MinMaxUInt8,
+    RandomK,
+    Sign,
+    TopK,
+    codec_from_name,
+)
 from capstan.codecs.casts import TARGETS
 from capstan.codecs.groups import SCALE_DTYPES
 from capstan.codecs.names import FAMILIES
@@ -14,6 +24,12 @@ from capstan.errors import UsageError
 codecs = st.one_of(
     st.just(Identity()),
     st.builds(Cast, dtype=st.sampled_from(list(TARGETS.values()))),
+    st.builds(MinMaxUInt8, clamped=st.booleans()),
+    st.builds(Sign, block_size=st.integers(1, 10**8).map(lambda size: 8 * size)),
+    *(
+        st.builds(kind, fraction=st.floats(1e-9, 1), value_dtype=st.sampled_from(SCALE_DTYPES))
+        for kind in (TopK, RandomK)
+    ),
     st.builds(
         GroupQuantised,
         num_bits=st.sampled_from([2, 3, 4, 8]),
@@ -94,5 +110,5 @@ def test_a_cast_to_a_type_of_no_use_is_refused():
 
 def test_every_family_is_reached_by_name():
     for family in FAMILIES:
-        name = "cast:float16" if family == "cast" else family
+        name = {"cast": "cast:float16", "topk": "topk:0.1", "randomk": "randomk:0.1"}.get(family, family)
         assert isinstance(codec_from_name(name), Codec)

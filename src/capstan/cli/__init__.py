@@ -15,6 +15,7 @@ from capstan.cli.generate import generate
 from capstan.cli.merge import merge
 from capstan.cli.probe import probe
 from capstan.cli.serve import serve
+from capstan.cli.train import train
 from capstan.errors import CapstanError
 
 __all__ = ["app", "main"]
@@ -38,6 +39,7 @@ VERBS: dict[str, Callable[..., None]] = {
 for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
 app.add_typer(evaluate, name="evaluate")
+app.add_typer(train, name="train")
 
 
 def _print_version(wanted: bool) -> None:

@@ -9,9 +9,25 @@ Every codec says its exact size before it encodes and bounds its error in its do
 
 from capstan.codecs.casts import Cast
 from capstan.codecs.codec import Codec
+from capstan.codecs.error_feedback import ErrorFeedback
 from capstan.codecs.groups import GroupQuantised
 from capstan.codecs.identity import Identity
+from capstan.codecs.minmax import MinMaxUInt8
 from capstan.codecs.names import codec_from_name
 from capstan.codecs.packet import Packet
+from capstan.codecs.sign import Sign
+from capstan.codecs.sparse import RandomK, TopK
 
-__all__ = ["Cast", "Codec", "GroupQuantised", "Identity", "Packet", "codec_from_name"]
+__all__ = [
+    "Cast",
+    "Codec",
+    "ErrorFeedback",
+    "GroupQuantised",
+    "Identity",
+    "MinMaxUInt8",
+    "Packet",
+    "RandomK",
+    "Sign",
+    "TopK",
+    "codec_from_name",
+]

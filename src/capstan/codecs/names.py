@@ -19,6 +19,10 @@ FAMILIES = {
     "group3": ("capstan.codecs.groups", "GroupQuantised"),
     "group4": ("capstan.codecs.groups", "GroupQuantised"),
     "group8": ("capstan.codecs.groups", "GroupQuantised"),
+    "minmax8": ("capstan.codecs.minmax", "MinMaxUInt8"),
+    "sign": ("capstan.codecs.sign", "Sign"),
+    "topk": ("capstan.codecs.sparse", "TopK"),
+    "randomk": ("capstan.codecs.sparse", "RandomK"),
 }
 """The part of a name before the first colon -> the module and class that read the whole name."""
 

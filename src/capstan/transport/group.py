@@ -7,10 +7,10 @@ Every wait is bounded, and its error names the rank that did not answer.
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,16 +20,25 @@ from capstan.errors import DeviceError, TimeoutExpired
 
 PATIENCE_S = 600.0
 _WORDS, _TENSORS = 1, 2  # tags: values and tensors do not meet each other on their way
+_FIRST_NUMBER = 16  # tags from here on number exchanges
 _POLL_S = 5e-5
 _GLANCE_S = 0.3  # how long to look whether a rank is still there
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+class Parcel(NamedTuple):
+    """A tensor and the rank that it goes to or comes from."""
+
+    peer: int
+    tensor: Tensor
+
+
 class Transfer:
     """A tensor on its way to or from another rank; it must be left alone until `wait` has returned."""
 
-    def __init__(self, group: "Group", work: Any, peer: int, tensor: Tensor) -> None:
+    def __init__(self, group: "Group", work: Any, peer: int, tensor: Tensor, about: str = "") -> None:
         self._group, self._work, self._peer, self._tensor = group, work, peer, tensor
+        self._about = about
 
     def wait(self) -> None:
         """Block until the tensor has been taken over, or is there.
@@ -44,7 +53,7 @@ class Transfer:
             else:
                 self._work.wait(timedelta(seconds=self._group.patience_s))
         except RuntimeError as error:
-            raise self._group.loss_of(self._peer, error) from error
+            raise self._group.loss_of(self._peer, error, self._about) from error
 
     def _wait_for_device(self) -> None:
         """NCCL's own waits hold the device, not the host, and end the process when they expire."""
@@ -99,6 +108,11 @@ class Group:
 
     # --- tensors -----------------------------------------------------------------------------------------
 
+    @property
+    def wire_device_type(self) -> str:
+        """Where tensors must lie to pass: "cuda" through NCCL, "cpu" through gloo."""
+        return "cpu" if self._device is None else "cuda"
+
     def send(self, tensor: Tensor, target: int) -> Transfer:
         """Start to send a tensor, which the other rank must `receive`; returns at once."""
         return self._start(dist.isend, tensor, "group_dst", target, _TENSORS)
@@ -107,12 +121,55 @@ class Group:
         """Start to receive a tensor of known shape and dtype into `tensor`; returns at once."""
         return self._start(dist.irecv, tensor, "group_src", source, _TENSORS)
 
-    def _start(self, start: Callable[..., Any], tensor: Tensor, end: str, peer: int, tag: int) -> Transfer:
+    def exchange(
+        self, sends: Sequence[Parcel], receives: Sequence[Parcel], *, number: int, about: str
+    ) -> list[Transfer]:
+        """Start to receive and to send many tensors, all beside each other; returns at once.
+
+        `number`, from 0 to 2**30 - 1, tells exchanges apart that are under way together: both ends use
+        the same. NCCL knows no such numbers: there exchanges must be started in the same order
+        everywhere. `about` says in errors what it was for.
+        """
+        if self._device is None:
+            tag = _FIRST_NUMBER + number
+            started = [
+                self._start(dist.irecv, each.tensor, "group_src", each.peer, tag, about) for each in receives
+            ]
+            return started + [
+                self._start(dist.isend, each.tensor, "group_dst", each.peer, tag, about) for each in sends
+            ]
+        parcels = [*((dist.irecv, each) for each in receives), *((dist.isend, each) for each in sends)]
+        if not parcels:
+            return []
+        operations = [
+            dist.P2POp(way, each.tensor, group=self._device, group_peer=each.peer) for way, each in parcels
+        ]
+        works = dist.batch_isend_irecv(operations)
+        # NCCL gives one work for the whole batch.
+        ends = [each for _, each in parcels][-len(works) :]
+        return [
+            Transfer(self, work, each.peer, each.tensor, about)
+            for work, each in zip(works, ends, strict=True)
+        ]
+
+    def sum(self, tensor: Tensor, *, about: str) -> Transfer:
+        """Start PyTorch's own all-reduce of a tensor, in place; all must call it, in the same order."""
+        group = self._device if tensor.is_cuda else self._host
+        before = (self.rank - 1) % self.size
+        try:
+            work = dist.all_reduce(tensor, group=group, async_op=True)
+            return Transfer(self, work, before, tensor, about)
+        except RuntimeError as error:
+            raise self.loss_of(before, error, about) from error
+
+    def _start(
+        self, start: Callable[..., Any], tensor: Tensor, end: str, peer: int, tag: int, about: str = ""
+    ) -> Transfer:
         group = self._device if tensor.is_cuda else self._host
         try:
-            return Transfer(self, start(tensor, group=group, tag=tag, **{end: peer}), peer, tensor)
+            return Transfer(self, start(tensor, group=group, tag=tag, **{end: peer}), peer, tensor, about)
         except RuntimeError as error:
-            raise self.loss_of(peer, error) from error
+            raise self.loss_of(peer, error, about) from error
 
     # --- values ------------------------------------------------------------------------------------------
 
@@ -146,20 +203,23 @@ class Group:
 
     # --- losses ------------------------------------------------------------------------------------------
 
-    def loss_of(self, peer: int, error: RuntimeError) -> DeviceError | TimeoutExpired:
-        """What to raise when waiting for `peer` ended with `error`: names the ranks that are gone.
+    def loss_of(self, peer: int, error: RuntimeError, about: str = "") -> DeviceError | TimeoutExpired:
+        """What to raise when waiting for `peer`, `about` something, ended with `error`: names the ranks that
+        are gone.
 
         After a loss the group is of no further use: a receive that was given up closes its connection.
         """
+        about = f" ({about})" if about else ""
         if "imed out" in str(error):
             return TimeoutExpired(
-                f"Rank {peer} of {self.size} did not answer rank {self.rank} within {self.patience_s:.0f} s. "
+                f"Rank {peer} of {self.size} did not answer rank {self.rank} within {self.patience_s:.0f} s"
+                f"{about}. "
                 "See what it printed last, and start all ranks again."
             )
         gone = sorted({peer, *(rank for rank in self.others if rank != peer and not self._is_there(rank))})
         names = f"Rank {gone[0]} is" if len(gone) == 1 else f"Ranks {', '.join(map(str, gone))} are"
         return DeviceError(
-            f"{names} gone, of {self.size}: the connection to rank {self.rank} was closed. "
+            f"{names} gone, of {self.size}: the connection to rank {self.rank} was closed{about}. "
             "See what was printed there last, and start all ranks again."
         )
 

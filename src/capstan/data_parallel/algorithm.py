@@ -1,0 +1,68 @@
+"""What an algorithm of data-parallel training is: what happens to gradients and weights, and when."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from capstan.errors import UsageError
+from capstan.transport import Conversation, Operation
+
+if TYPE_CHECKING:
+    from capstan.data_parallel.buckets import Bucket
+    from capstan.data_parallel.replica import Replica
+
+
+class Algorithm:
+    """One rank's side of an algorithm. `wrap` calls these at their moments; each may do nothing.
+
+    An algorithm that `exchanges_gradients` has its buckets of gradients replaced by what `exchange` makes of
+    them, while backward goes on with the next ones. Others work on the weights, around the optimizer's step.
+    """
+
+    name: ClassVar[str]
+    exchanges_gradients: ClassVar[bool] = False
+
+    replica: "Replica"
+
+    @property
+    def description(self) -> str:
+        """The name and every setting that ranks must agree on."""
+        return self.name
+
+    def start(self, replica: "Replica") -> None:
+        """Once, when all ranks have the same weights."""
+        self.replica = replica
+
+    def exchange(
+        self, talk: Conversation, values: Tensor, shapes: Sequence[tuple[int, ...]], key: str
+    ) -> Operation:
+        """Replace the flat gradients of a bucket by what all ranks shall use; runs in the communication
+        thread.
+        """
+        raise UsageError(f"{self.name} does not exchange gradients: use it through wrap().")
+
+    def before_gradients(self, bucket: "Bucket") -> None:
+        """A bucket's gradients are there, and are about to be exchanged."""
+
+    def after_gradients(self) -> None:
+        """All gradients were exchanged."""
+
+    def before_forward(self) -> None:
+        """The first forward pass of a training step begins."""
+
+    def before_step(self) -> None:
+        """The optimizer is about to change the weights."""
+
+    def after_step(self) -> None:
+        """The optimizer has changed the weights."""
+
+    def close(self) -> None:
+        """Training is over."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on: tensors, numbers, text."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken."""

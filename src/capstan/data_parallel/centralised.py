@@ -1,0 +1,134 @@
+"""Averages of gradients over all ranks in each step, in full or in low precision."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor
+
+from capstan.codecs import codec_from_name
+from capstan.data_parallel.algorithm import Algorithm
+from capstan.data_parallel.machines import machines_of
+from capstan.errors import UsageError, unknown_name
+from capstan.transport import Coder, Conversation, Operation
+from capstan.transport.collectives import average, average_by_machine, average_by_ring
+
+if TYPE_CHECKING:
+    from capstan.data_parallel.replica import Replica
+
+Route = Literal["direct", "machines", "ring"]
+ROUTES = ("direct", "machines", "ring")
+
+
+class Centralised(Algorithm):
+    """g = mean of what all ranks have, encoded on both ways.
+
+    Args:
+        codec: in how many bits gradients cross.
+        error_feedback: whether what a codec loses is added next time, at the worker and at the server side.
+        route: "direct" to all others; "machines": first within a machine, in full precision; "ring":
+        PyTorch's
+            all-reduce, for the identity only, with DDP's bits.
+        machines: the ranks of each machine, for that route; by default those that share a host name.
+    """
+
+    name = "centralised"
+    exchanges_gradients = True
+    default_codec: ClassVar[str] = "identity"
+    default_feedback: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        codec: str | None = None,
+        *,
+        error_feedback: bool | None = None,
+        route: Route = "direct",
+        machines: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        if route not in ROUTES:
+            raise unknown_name("route", route, ROUTES)
+        self.codec = codec_from_name(codec or self.default_codec)
+        self.error_feedback = self.default_feedback if error_feedback is None else error_feedback
+        self.route, self._machines = route, machines
+        if route == "ring" and self.codec.name != "identity":
+            raise UsageError(
+                f"PyTorch's ring cannot carry {self.codec.name}: it adds what it gets. Use the direct route."
+            )
+        self._coder: Coder | None = None
+
+    @property
+    def description(self) -> str:
+        feedback = " with error feedback" if self.error_feedback else ""
+        return f"{self.name}: {self.codec.name}{feedback}, {self.route}"
+
+    def exchange(
+        self, talk: Conversation, values: Tensor, shapes: Sequence[tuple[int, ...]], key: str
+    ) -> Operation:
+        if self.route == "ring":
+            return average_by_ring(talk, values)
+        if self.route == "machines":
+            machines = self._machines or [list(range(talk.size))]
+            return average_by_machine(
+                talk, values, coder=self._coder_of(talk.rank), key=key, machines=machines
+            )
+        return average(talk, values, coder=self._coder_of(talk.rank), key=key)
+
+    def start(self, replica: "Replica") -> None:
+        super().start(replica)
+        if self.route == "machines" and self._machines is None:
+            self._machines = machines_of(replica.group)
+
+    def _coder_of(self, rank: int) -> Coder:
+        if self._coder is None:
+            self._coder = Coder(self.codec, error_feedback=self.error_feedback, salt=rank)
+        return self._coder
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._coder is None else self._coder.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self._coder_of(self.replica.group.rank).load_state_dict(state)
+
+
+class GradientAllReduce(Centralised):
+    """Plain averages in full precision: the off position of every relaxation."""
+
+    name = "gradient_allreduce"
+
+
+class ByteGrad(Centralised):
+    """8 bits an element, in blocks of 512 with a minimum and step each.
+
+    Source: BAGUA's ByteGrad. Differs: one minimum and maximum for a whole chunk there, which makes errors of
+    several percent and wraps at times; `codec="minmax8"` is that one.
+    """
+
+    name = "bytegrad"
+    default_codec = "group8:512:float32"
+
+
+class OneBit(Centralised):
+    """Signs with a scale for each block of 1024, and error feedback on both sides.
+
+    Source: scaled signs with error feedback, arXiv 1901.09847; both sides as in 1-bit Adam, arXiv 2102.02888.
+    """
+
+    name = "onebit"
+    default_codec = "sign:1024"
+    default_feedback = True
+
+
+class TopKGradients(Centralised):
+    """The largest hundredth, with error feedback on both sides."""
+
+    name = "topk"
+    default_codec = "topk:0.01"
+    default_feedback = True
+
+
+class RandomKGradients(Centralised):
+    """A random hundredth, with error feedback on both sides."""
+
+    name = "randomk"
+    default_codec = "randomk:0.01"
+    default_feedback = True

@@ -1,0 +1,255 @@
+"""A model that trains together with its copies on other ranks."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from capstan.codecs import Identity
+from capstan.data_parallel.algorithm import Algorithm
+from capstan.data_parallel.buckets import BUCKET_BYTES, Bucket, buckets_of
+from capstan.data_parallel.gradients import Gradients
+from capstan.data_parallel.names import algorithm_from_name
+from capstan.errors import InputError, UsageError
+from capstan.transport import Coder, Communicator, Conversation, Group, Ledger, Operation, Pending, Shape
+from capstan.transport.collectives import average, broadcast
+from capstan.transport.group import PATIENCE_S, join
+
+DEFAULT_ALGORITHM = "gradient_allreduce"
+ALGORITHM_VARIABLE = "CAPSTAN_ALGORITHM"
+
+
+def wrap(
+    model: nn.Module,
+    optimizer: Optimizer,
+    algorithm: str | Algorithm | None = None,
+    *,
+    group: Group | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+    patience_s: float = PATIENCE_S,
+    shape: Shape | None = None,
+) -> "Replica":
+    """Train `model` together with the other ranks that torchrun started.
+
+    Use the result in place of the model, and the optimizer as before:
+
+        model = wrap(model, optimizer, "bytegrad")
+
+    Args:
+        algorithm: a name (`ALGORITHMS`), or an algorithm with settings of its own; default: what the
+        environment
+            variable CAPSTAN_ALGORITHM names, or plain averages.
+        group: the ranks; default: all, through NCCL if the model is on a GPU, else through gloo.
+        bucket_bytes: how many bytes of gradients are exchanged together.
+        patience_s: how long one wait for another rank may take; only where `group` is not given.
+        shape: a slower link to pretend, for tests.
+    """
+    chosen = algorithm or os.environ.get(ALGORITHM_VARIABLE, DEFAULT_ALGORITHM)
+    made = algorithm_from_name(chosen) if isinstance(chosen, str) else chosen
+    return Replica(
+        model,
+        optimizer,
+        made,
+        group=group or group_of(model, patience_s=patience_s),
+        bucket_bytes=bucket_bytes,
+        shape=shape,
+    )
+
+
+def group_of(model: nn.Module, *, patience_s: float) -> Group:
+    """All ranks, speaking from where the model is; joins them as torchrun says if nobody has."""
+    device = next(model.parameters()).device
+    if not torch.distributed.is_initialized() and join(device.type, patience_s=patience_s) is None:
+        raise UsageError(
+            "This process is alone. Start it with torchrun, or with `capstan train dp`, or make a process "
+            "group with torch.distributed.init_process_group first."
+        )
+    has_nccl = device.type == "cuda" and torch.distributed.get_backend() != "gloo"
+    return Group(device_type="cuda" if has_nccl else "cpu", patience_s=patience_s)
+
+
+class Replica(nn.Module):
+    """One rank's copy of a model. Made by `wrap`; `module` is the model itself.
+
+    All ranks begin with the first rank's weights and buffers. Buffers, such as a batch norm's statistics,
+    are each rank's own afterwards.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        algorithm: Algorithm,
+        *,
+        group: Group,
+        bucket_bytes: int = BUCKET_BYTES,
+        shape: Shape | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.optimizer, self.algorithm, self.group = optimizer, algorithm, group
+        self._bucket_bytes = bucket_bytes
+        self._trained = [each for each in module.parameters() if each.requires_grad]
+        if not self._trained:
+            raise UsageError("No parameter of the model is trained: nothing is to be exchanged.")
+        self._require_agreement()
+        self._communicator = Communicator(group, shape=shape, device=self._trained[0].device)
+        self._share_the_first_ranks_values()
+        self._is_in_step = False
+        self._gradients = self._collect() if algorithm.exchanges_gradients else None
+        algorithm.start(self)
+        self._step_hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+
+    @property
+    def ledger(self) -> Ledger:
+        """The bytes that went to and came from every rank, by phase."""
+        return self._communicator.ledger
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass."""
+        if self.training and torch.is_grad_enabled():
+            self._communicator.check()
+            if not self._is_in_step:
+                self._is_in_step = True
+                self.algorithm.before_forward()
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside add up gradients and exchange nothing; the next one outside exchanges
+        the sum.
+        """
+        if self._gradients is None:
+            yield
+            return
+        before, self._gradients.is_on = self._gradients.is_on, False
+        try:
+            yield
+        finally:
+            self._gradients.is_on = before
+
+    def average_weights(self) -> None:
+        """Give every rank the mean of all ranks' weights; all must call it. For algorithms whose ranks
+        differ.
+        """
+        exact = Coder(Identity())
+        for bucket in self.weight_buckets():
+            values = bucket.take_weights()
+            self.submit(partial(average, values=values, coder=exact, key="weights"), about="weights").wait()
+            bucket.put_weights(values)
+
+    def close(self) -> None:
+        """End what runs in the background; the model can be used on."""
+        try:
+            self.algorithm.close()
+        finally:
+            for hook in self._step_hooks:
+                hook.remove()
+            if self._gradients is not None:
+                self._gradients.close()
+            self._communicator.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- for algorithms ----------------------------------------------------------------------------------
+
+    def submit(self, begin: Callable[[Conversation], Operation], *, about: str) -> Pending:
+        """Run an operation in the communication thread, after those before; the same on all ranks."""
+        return self._communicator.submit(begin, about=about)
+
+    def weight_buckets(self) -> list[Bucket]:
+        """The weights in buckets, last ones first; new memory each time."""
+        return buckets_of(self._trained[::-1], bucket_bytes=self._bucket_bytes)
+
+    def gradient_buckets(self) -> list[Bucket]:
+        """The buckets of gradients; none before the first backward pass."""
+        return self._gradients.buckets if self._gradients else []
+
+    # --- state -------------------------------------------------------------------------------------------
+
+    def algorithm_state(self) -> dict[str, Any]:
+        """What the next steps depend on besides model and optimizer, of this rank."""
+        return {
+            "algorithm": self.algorithm.description,
+            "ranks": [self.group.rank, self.group.size],
+            "order": self._gradients.order if self._gradients else None,
+            "state": self.algorithm.state_dict(),
+        }
+
+    def load_algorithm_state(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `algorithm_state` was taken: same algorithm, same rank of as many.
+
+        The model's and the optimizer's own states are loaded as ever, before.
+        """
+        wanted = (self.algorithm.description, [self.group.rank, self.group.size])
+        if (state["algorithm"], list(state["ranks"])) != wanted:
+            raise InputError(
+                f"The state is of {state['algorithm']}, rank {state['ranks'][0]} of {state['ranks'][1]}; "
+                f"this is {wanted[0]}, rank {wanted[1][0]} of {wanted[1][1]}. Start it the same way again."
+            )
+        if self._gradients is not None and state["order"] is not None:
+            self._gradients.lay_out(state["order"])
+        self.algorithm.load_state_dict(state["state"])
+
+    # --- moments -----------------------------------------------------------------------------------------
+
+    def _collect(self) -> Gradients:
+        def exchange(bucket: Bucket) -> Pending:
+            self.algorithm.before_gradients(bucket)
+            return self.submit(
+                lambda talk: self.algorithm.exchange(talk, bucket.flat, bucket.shapes, bucket.key),
+                about=bucket.key,
+            )
+
+        return Gradients(
+            self._trained,
+            bucket_bytes=self._bucket_bytes,
+            exchange=exchange,
+            agree=lambda order: [int(at) for at in self.group.share(order)],
+            done=self.algorithm.after_gradients,
+        )
+
+    def _before_step(self) -> None:
+        self._communicator.check()
+        self.algorithm.before_step()
+
+    def _after_step(self) -> None:
+        self.algorithm.after_step()
+        self._is_in_step = False
+
+    # --- the beginning -----------------------------------------------------------------------------------
+
+    def _require_agreement(self) -> None:
+        shapes = [(tuple(each.shape), str(each.dtype)) for each in self._trained]
+        own = [self.algorithm.description, hashlib.sha256(repr(shapes).encode()).hexdigest()]
+        for rank, other in enumerate(self.group.gather(own)):
+            if list(other) != own:
+                what = "another algorithm" if other[0] != own[0] else "parameters of other shapes or types"
+                raise UsageError(
+                    f"Rank {rank} has {what} ({other[0]}) than rank {self.group.rank} ({own[0]}). "
+                    "Start all ranks with the same model and settings."
+                )
+
+    def _share_the_first_ranks_values(self) -> None:
+        tensors = [each.detach() for each in (*self.module.parameters(), *self.module.buffers())]
+        for kind in dict.fromkeys((each.dtype, each.device) for each in tensors):
+            alike = [each for each in tensors if (each.dtype, each.device) == kind and each.numel()]
+            if not alike:
+                continue
+            flat = torch.cat([each.reshape(-1) for each in alike])
+            self.submit(partial(broadcast, values=flat), about="the first rank's weights").wait()
+            for target, part in zip(alike, flat.split([each.numel() for each in alike]), strict=True):
+                target.copy_(part.view(target.shape))

@@ -1,0 +1,69 @@
+"""Error feedback loses nothing; low-rank factors hold what has low rank."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capstan.codecs import ErrorFeedback, codec_from_name
+from capstan.codecs.low_rank import back, is_worth_it, orthonormal, project, restore, starting_factor
+from capstan.errors import InputError
+
+CODECS = ["sign:64", "topk:0.05", "randomk:0.1", "group4:32", "group2:32:float32", "minmax8"]
+
+
+@pytest.mark.parametrize("name", CODECS)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_what_was_decoded_and_the_residual_are_the_sum_of_all_values(name, seed):
+    feedback = ErrorFeedback(codec_from_name(name))
+    generator = torch.Generator().manual_seed(seed)
+    told, said = torch.zeros(500), torch.zeros(500)
+    for step in range(12):
+        values = torch.randn(500, generator=generator)
+        payload = torch.empty(feedback.codec.encoded_bytes((500,), torch.float32), dtype=torch.uint8)
+        decoded = feedback.encode_into(values, payload, key="bucket 0", seed=step)
+        again = feedback.codec.decode_into
+        check = torch.empty(500)
+        again(payload, (500,), torch.float32, check)
+        assert torch.equal(decoded, check)
+        told, said = told + decoded, said + values
+    residual = feedback.residual("bucket 0")
+    assert residual is not None
+    # Some 36 additions of numbers below 64, each rounded to 2**-24 of them.
+    torch.testing.assert_close(told + residual, said, atol=36 * 64 * 2.0**-24, rtol=0)
+
+
+def test_keys_do_not_meet_and_state_goes_on_exactly():
+    codec = codec_from_name("sign:8")
+    one, other = ErrorFeedback(codec), ErrorFeedback(codec)
+    payload = torch.empty(codec.encoded_bytes((16,), torch.float32), dtype=torch.uint8)
+    values = torch.randn(16, generator=torch.Generator().manual_seed(3))
+    first = one.encode_into(values, payload, key="a")
+    assert torch.equal(one.encode_into(values, payload, key="b"), first)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.encode_into(values, payload, key="a"), other.encode_into(values, payload, key="a"))
+    assert sorted(one) == ["a", "b"]
+
+
+def test_a_residual_of_another_shape_is_refused():
+    feedback = ErrorFeedback(codec_from_name("identity"))
+    feedback.encode_into(torch.ones(2), torch.empty(8, dtype=torch.uint8), key="a")
+    with pytest.raises(InputError, match="'a'"):
+        feedback.encode_into(torch.ones(3), torch.empty(12, dtype=torch.uint8), key="a")
+
+
+@settings(max_examples=25, deadline=None)
+@given(rank=st.integers(1, 4), extra=st.integers(0, 2), seed=st.integers(0, 2**31))
+def test_factors_of_at_least_the_true_rank_hold_the_matrix(rank, extra, seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(12, rank, generator=generator) @ torch.randn(rank, 9, generator=generator)
+    basis = orthonormal(project(matrix, starting_factor(9, rank + extra, seed=seed)))
+    restored = restore(basis, back(matrix, basis))
+    # A random start of the right rank can be badly conditioned; 1e-3 is float32's 2**-24 times 10**4 of that.
+    torch.testing.assert_close(restored, matrix, atol=1e-3 * matrix.abs().max().item(), rtol=0)
+
+
+def test_small_matrices_are_not_worth_it():
+    assert is_worth_it(100, 100, 4)
+    assert not is_worth_it(4, 4, 2)

@@ -1,0 +1,85 @@
+"""Training that is interrupted, loses a rank, averages in the background, accumulates, or is set up
+wrongly.
+"""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+FILE = str(Path(__file__).with_name("training_cases.py"))
+NAMES = ["gradient_allreduce", "bytegrad", "onebit", "randomk", "powersgd", "qadam"]
+NAMES += ["decentralized", "low_precision_decentralized", "local_sgd", "diloco"]
+
+
+def test_a_checkpoint_goes_on_exactly(in_world, tmp_path):
+    found = in_world(FILE, "interrupted", 2, {"names": NAMES, "folder": str(tmp_path)})
+    for each in found:
+        for name in NAMES:
+            whole, halves = each[name]
+            assert len(whole) == 10
+            assert halves == whole
+
+
+@pytest.mark.parametrize("name", ["gradient_allreduce", "onebit", "decentralized"])
+def test_when_a_rank_is_killed_all_others_fail_naming_it(in_world, name):
+    found = in_world(FILE, "losing", 3, {"name": name, "signal": 9}, failing=1)
+    for each in found[:2]:
+        # Of three decentralised ranks one sits out in each round, and notices in the next.
+        assert each["step"] in ((3, 4) if name == "decentralized" else (3,))
+        assert each["error"].startswith("DeviceError: Rank")
+        assert "2" in each["error"].partition("gone")[0]
+        assert "bucket" in each["error"]
+
+
+def test_when_a_rank_is_silent_all_others_fail_within_ten_seconds_of_the_deadline(in_world):
+    found = in_world(FILE, "losing", 3, {"name": "bytegrad", "signal": 19}, failing=1)
+    assert any(each["error"].startswith("TimeoutExpired: Rank 2 of 3 did not answer") for each in found[:2])
+    for each in found[:2]:
+        assert each["step"] == 3
+        assert "Rank" in each["error"]
+        assert each["waited_s"] < 2 + 10
+
+
+def test_async_averaging_keeps_the_sum_and_survives_a_hundred_aborts(in_world):
+    found = in_world(FILE, "asynchronous", 3, {"cycles": 100})
+    before, after = (sum(each[key] for each in found) for key in ("before", "after"))
+    # Numbers below 4, changed in at least 3 rounds with two float32 roundings each, on 3 ranks; rounds
+    # are few.
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+    spread = max((each["after"] - found[0]["after"]).abs().max().item() for each in found)
+    assert spread < 1e-5
+    assert all(torch.equal(each["averaged"], found[0]["averaged"]) for each in found)
+    mean = sum(each["trained"] for each in found) / 3
+    torch.testing.assert_close(found[0]["averaged"], mean, atol=1e-6, rtol=1e-6)
+
+
+def test_a_script_may_end_while_it_averages_in_the_background(in_world):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert in_world(FILE, "unclosed", 2, port) == [0, 0]
+
+
+def test_gradients_are_accumulated_clipped_and_missing_ones_count_as_zero(in_world):
+    found = in_world(FILE, "unusual", 2)
+    for each in found:
+        numel = each["reference"].numel()
+        torch.testing.assert_close(each["weights"][:numel], each["reference"], atol=1e-6, rtol=1e-5)
+        assert not each["spare gradient"].any()
+        assert each["norm"] > 0
+
+
+def test_ranks_with_different_algorithms_are_told_at_once(in_world):
+    for said in in_world(FILE, "disagreeing", 2):
+        assert said.startswith("UsageError: Rank")
+        assert "another algorithm" in said
+
+
+def test_what_cannot_work_is_refused(in_world):
+    for unknown, optimizer, frozen in in_world(FILE, "misused", 2):
+        assert "Did you mean 'bytegrad'" in unknown
+        assert "QAdam" in optimizer
+        assert "onebit" in optimizer
+        assert "No parameter" in frozen
