@@ -23,7 +23,7 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ] # 5: there are none
 
 lint: $(READY)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check --no-cache . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 fix: $(READY)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

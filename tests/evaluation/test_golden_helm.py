@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_data
-from conftest import ToyModel, told
 
+import toy_data
 from capstan.evaluation.perturbations import SETS
 from capstan.evaluation.running import measure, prepare
 from capstan.evaluation.scenarios import run_spec_of
 from capstan.evaluation.scenarios.asking import bias
 from capstan.evaluation.specs import AugmenterSpec, RunSpec
+from toy_model import ToyModel, told
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_helm.json").read_text())
 RUNS = {f"{run['entry']} {run['augmentation'] or ''}".strip(): run for run in GOLDEN["runs"]}
