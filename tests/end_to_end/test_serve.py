@@ -3,8 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,38 +11,34 @@ from typing import Any
 
 import openai
 
+from world import Forked
+
 LINES = 400
 
 
 class Program:
     """A server in a process of its own."""
 
-    def __init__(self, process: "subprocess.Popen[str]", url: str, token: str) -> None:
+    def __init__(self, process: Forked, url: str, token: str) -> None:
         self.process, self.url = process, url
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0)
 
 
 @contextmanager
-def _program(model: Path, files: Path, environment: Mapping[str, str]) -> Iterator[Program]:
+def _program(
+    fork: Callable[..., Forked], model: Path, files: Path, environment: Mapping[str, str]
+) -> Iterator[Program]:
     words = ["serve", str(model), "--port", "0", "--files", str(files), "--max-length", "128", "--slots", "8"]
     words += ["--device", "cpu", "--device-memory", "16MiB", "--host-memory", "8MiB", "--json"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "capstan", *words],
-        env={**environment, "CAPSTAN_TOKEN": "eight bars"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stderr is not None
-        try:
-            said = ""
-            while not (found := re.search(r"is served at (\S+)", said)):
-                line = process.stderr.readline()
-                assert line, f"the server has ended: {said}"
-                said += line
-            yield Program(process, found[1], "eight bars")
-        finally:
-            process.kill()
+    token = "eight bars"
+    process = fork("commands.py", "capstan", *words, environment={**environment, "CAPSTAN_TOKEN": token})
+    try:
+        while not (found := re.search(r"is served at (\S+)\s", process.err)):
+            assert process.poll() is None, f"the server has ended: {process.err}"
+            time.sleep(0.01)
+        yield Program(process, found[1], token)
+    finally:
+        process.kill()
 
 
 def _ended(client: openai.OpenAI, identity: str) -> Any:
@@ -63,6 +57,7 @@ def _bodies(client: openai.OpenAI, identity: str) -> dict[str, Any]:
 
 
 def test_a_batch_goes_on_after_kill_9_and_every_line_is_answered_once(
+    fork: Callable[..., Forked],
     model: Path,
     environment: Mapping[str, str],
     write_requests: Callable[..., None],
@@ -70,7 +65,7 @@ def test_a_batch_goes_on_after_kill_9_and_every_line_is_answered_once(
 ) -> None:
     requests, files = tmp_path / "requests.jsonl", tmp_path / "files"
     write_requests(requests, LINES, lambda index: 20 + (11 * index) % 41)
-    with _program(model, files, environment) as program:
+    with _program(fork, model, files, environment) as program:
         client = program.client
         uploaded = client.files.create(file=requests, purpose="batch").id
         batch = client.batches.create(
@@ -85,7 +80,7 @@ def test_a_batch_goes_on_after_kill_9_and_every_line_is_answered_once(
     before = written[: written.rfind(b"\n") + 1].splitlines()  # the last line may be torn
     assert LINES // 10 <= len(before) < LINES
 
-    with _program(model, files, environment) as program:
+    with _program(fork, model, files, environment) as program:
         client = program.client
         done = _ended(client, batch.id)
         assert done.status == "completed"
