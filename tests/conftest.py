@@ -1,5 +1,6 @@
 """What tests of several rooms share: processes, worlds of ranks, and what each room's tests cost."""
 
+import gc
 import os
 import time
 from collections import defaultdict
@@ -23,6 +24,12 @@ else:
     # A merge must not depend on luck: for it the same examples are drawn every time. People draw new ones.
     settings.register_profile("ci", deadline=None, derandomize=True)
     settings.load_profile("ci" if os.environ.get("CI", "").lower() in ("1", "true") else "default")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: a test that collects garbage need not look through all of torch for it."""
+    gc.collect()
+    gc.freeze()
 
 
 # --- processes -------------------------------------------------------------------------------------------
