@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 import world
+from covering import covering
 from world import Forked, WarmParent
 
 try:
@@ -24,6 +25,25 @@ else:
     # A merge must not depend on luck: for it the same examples are drawn every time. People draw new ones.
     settings.register_profile("ci", deadline=None, derandomize=True)
     settings.load_profile("ci" if os.environ.get("CI", "").lower() in ("1", "true") else "default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a grid of parameters that says so, what covering.py leaves out is slow."""
+    grids: dict[Any, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("covering") and item.get_closest_marker("slow") is None:
+            grids[item.path, item.originalname].append(item)
+    for grid in grids.values():
+        (strength,) = grid[0].get_closest_marker("covering").args
+        chosen = covering([_values_of(each) for each in grid], strength)
+        for at, item in enumerate(grid):
+            if at not in chosen:
+                item.add_marker(pytest.mark.slow)
+
+
+def _values_of(item: Any) -> dict[str, str]:
+    return {name: repr(value) for name, value in item.callspec.params.items()}
 
 
 def pytest_collection_finish() -> None:

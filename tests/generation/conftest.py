@@ -86,23 +86,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where a test meets every family, placement and shape of block together, the default tests meet any two
-    of them once; all three together are slow."""
-    for item in items:
-        params = (
-            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        )
-        if {"family", "place", "block"} <= params.keys():
-            family, place, block = (
-                list(known).index(params[name])
-                for name, known in (("family", _CONFIGS), ("place", _PLACEMENTS), ("block", _SHAPES))
-            )
-            if block != (family + place) % len(_SHAPES):
-                item.add_marker(pytest.mark.slow)
-
-
 @pytest.fixture(scope="session", params=_CONFIGS)
 def family(request: pytest.FixtureRequest) -> str:
     """The name of a family of models."""

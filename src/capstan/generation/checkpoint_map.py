@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-
 from capstan.errors import InputError, UnsupportedModel
 from capstan.generation.skeleton import Skeleton, TensorSpec
 from capstan.storage import Checkpoint, TensorRange
@@ -111,9 +110,7 @@ def _converted_pieces(
     columns: dict[str, list[TensorRange]] = (
         {pattern: [] for pattern in converter.source_patterns} if converter else {}
     )
-    for source, pattern in sorted(
-        found, key=lambda each: dot_natural_key(each.source.name)
-    ):
+    for source, pattern in sorted(found, key=lambda each: dot_natural_key(each.source.name)):
         columns.setdefault(pattern or "", []).append(source)
     used = [column for column in columns.values() if column]
     if operations == [(_STACK, 0)] and len(used) == 1:
