@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint fix bench bench-check clean
+.PHONY: demo test test-slow test-network lint fix bench bench-check clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -16,11 +16,19 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/capstan demo
 
+# Two at a time; a file's tests share what they made, so they stay together.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# All default tests, or those of one room and of what it stands on: make test ROOM=generation
 test: $(READY)
-	$(BIN)/python -m pytest
+	folders=$$($(BIN)/python tests/rooms.py $(ROOM)) && $(PYTEST) $$folders
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ] # 5: there are none
+	$(PYTEST) -m slow
+
+# Needs root.
+test-network: $(READY)
+	$(BIN)/python -m pytest -m network
 
 lint: $(READY)
 	$(BIN)/ruff check --no-cache . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -359,5 +359,36 @@ def test_planning_describing_hardware_and_the_command_line_import_nothing_heavy(
     assert {name: sorted(heavy & set(imports[name])) for name in LIGHT} == {name: [] for name in LIGHT}
 
 
+# Third-party packages that the import of a room may bring.
+TORCH = {"torch", "torchgen", "numpy", "opt_einsum", "tqdm", "typing_extensions"}
+ROOMS = {
+    "capstan.evaluation": {"numpy", "yaml"},
+    "capstan.data_parallel": {*TORCH, "rich"},
+    "capstan.generation": {*TORCH, "rich", "greenlet", "psutil"},
+}
+# What torch imports late, and takes longer than torch itself: its compiler, sharded tensors.
+LATE = {"torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.tensor", "sympy"}
+_IMPORT_ONE = """
+import importlib, json, sys
+before = set(sys.modules)
+importlib.import_module(sys.argv[1])
+files = {name: getattr(sys.modules[name], "__file__", None) or "" for name in set(sys.modules) - before}
+json.dump(files, sys.stdout)
+"""
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_little_more_than_torch(room):
+    # transformers, which builds models and is imported when there is one to build, takes as long as torch;
+    # torch's compiler takes longer.
+    command = [sys.executable, "-c", _IMPORT_ONE, room]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    files = json.loads(run.stdout)
+    assert LATE & set(files) == set()
+    packages = {name.partition(".")[0] for name, file in files.items() if "site-packages" in file}
+    # Compiled parts of packages may be modules at the top: _csparsetools, cython_runtime.
+    assert {name for name in packages if not name.startswith("_")} - {"capstan"} <= ROOMS[room]
+
+
 def test_import_has_no_effect(imports):
     assert imports["effects"] == []

@@ -1,10 +1,6 @@
 """`capstan evaluate` as people run it, on a tiny model with a tokenizer, over two backends."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,42 +172,25 @@ def test_nothing_to_run_is_said(run, worded, tmp_path):
     assert "--run ENTRY" in done.words
 
 
-def test_killed_and_started_again_gives_the_same_figures(worded, tmp_path):
-    def command(output: Path) -> list[str]:
-        words = [
-            "evaluate",
-            "run",
-            "--backend",
-            "transformers",
-            "--model",
-            str(worded),
-            "--output",
-            str(output),
-        ]
-        return [
-            sys.executable,
-            "-m",
-            "capstan",
-            *words,
-            "--run",
-            "dyck_language:num_parenthesis_pairs=3,max_eval_instances=300",
-        ]
+def test_killed_and_started_again_gives_the_same_figures(run, fork, worded, tmp_path):
+    def words(output: Path) -> list[str]:
+        backend = ["--backend", "transformers", "--model", str(worded), "--output", str(output)]
+        entry = "dyck_language:num_parenthesis_pairs=3,max_eval_instances=300"
+        return ["evaluate", "run", *backend, "--run", entry]
 
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen(command(tmp_path / "a"), env=environment, stdout=subprocess.DEVNULL)
+    killed = fork("commands.py", "capstan", *words(tmp_path / "a"))
     answers, deadline = tmp_path / "a" / "answers.jsonl", time.monotonic() + 120
     while not (answers.exists() and answers.stat().st_size > 20_000):
-        assert killed.poll() is None, "it ended before it could be killed"
+        assert killed.poll() is None, f"it ended before it could be killed: {killed.err}"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     killed.wait(30)
     known = answers.read_bytes().count(b"\n")
     assert 0 < known < 300
     for output in ("a", "b"):
-        subprocess.run(
-            command(tmp_path / output), env=environment, check=True, capture_output=True, timeout=200
-        )
+        done = run(*words(tmp_path / output))
+        assert done.code == 0, done.err
     a, b = (next((tmp_path / each).rglob("per_instance_stats.json")) for each in ("a", "b"))
     keep = ("exact_match_indicator", "logprob", "num_completion_tokens")
 

@@ -3,11 +3,11 @@
 import difflib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from capstan.cli import main
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data_parallel.md").read_text()
 
@@ -18,16 +18,6 @@ def scripts() -> tuple[str, str]:
     return ddp, ours
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "capstan", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_two_lines_differ_between_a_ddp_script_and_ours():
     ddp, ours = scripts()
     changes = [line for line in difflib.ndiff(ddp.splitlines(), ours.splitlines()) if line[0] in "+-"]
@@ -35,34 +25,39 @@ def test_two_lines_differ_between_a_ddp_script_and_ours():
     assert [line[0] for line in changes].count("+") == 2
 
 
-def test_both_scripts_of_the_docs_run_and_agree(tmp_path):
-    losses = []
-    for number, (text, algorithm) in enumerate(
-        zip((*scripts(), scripts()[1]), ("gradient_allreduce", "gradient_allreduce", "bytegrad"), strict=True)
-    ):
-        script = tmp_path / f"train{number}.py"
+def test_both_scripts_of_the_docs_run_and_agree(capfd, fork, torchrun, tmp_path):
+    ddp, ours = (tmp_path / name for name in ("ddp.py", "ours.py"))
+    for script, text in zip((ddp, ours), scripts(), strict=True):
         script.write_text(text)
-        done = run("train", "dp", "--script", str(script), "--algorithm", algorithm, "--ranks", "2")
-        assert done.returncode == 0, done.stderr
-        losses.append(json.loads(done.stdout.splitlines()[-1]))
-    ddp, plain, in_8_bits = losses
-    assert plain == ddp
+    losses = []
+    for script in (ddp, ours):
+        ranks = [fork("commands.py", "script", str(script), environment=each) for each in torchrun(2)]
+        said = [rank.communicate(60) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], said
+        losses.append(json.loads("".join(out for out, _ in said)))
+    assert losses[1] == losses[0]
+
+    capfd.readouterr()
+    code = main(["train", "dp", "--script", str(ours), "--algorithm", "bytegrad", "--ranks", "2"])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    in_8_bits = json.loads(out.splitlines()[-1])
     # Gradients in 8 bits are off by less than a hundredth, so is what they have moved after 20 steps.
-    assert in_8_bits == pytest.approx(ddp, rel=0.01)
-    assert in_8_bits != ddp
+    assert in_8_bits == pytest.approx(losses[0], rel=0.01)
+    assert in_8_bits != losses[0]
 
 
-def test_algorithms_are_compared_without_running_anything():
-    done = run("train", "dp", "--explain", "--parameters", "1e8", "--bandwidth-mbit", "100", "--ranks", "4")
-    assert done.returncode == 0
-    assert "low_precision_decentralized" in done.stdout
-    assert "Switch on" in done.stdout
+def test_algorithms_are_compared_without_running_anything(run):
+    ran = run("train", "dp", "--explain", "--parameters", "1e8", "--bandwidth-mbit", "100", "--ranks", "4")
+    assert ran.code == 0
+    assert "low_precision_decentralized" in ran.out
+    assert "Switch on" in ran.out
 
 
-def test_unknown_algorithms_and_scripts_that_are_not_there_are_refused(tmp_path):
-    done = run("train", "dp", "--script", str(tmp_path / "no.py"))
-    assert done.returncode == 1
-    assert "There is no script" in done.stderr
-    done = run("train", "dp", "--algorithm", "bytegard")
-    assert done.returncode == 2
-    assert "Did you mean 'bytegrad'" in done.stderr
+def test_unknown_algorithms_and_scripts_that_are_not_there_are_refused(run, tmp_path):
+    ran = run("train", "dp", "--script", tmp_path / "no.py")
+    assert ran.code == 1
+    assert "There is no script" in ran.words
+    ran = run("train", "dp", "--algorithm", "bytegard")
+    assert ran.code == 2
+    assert "Did you mean 'bytegrad'" in ran.words

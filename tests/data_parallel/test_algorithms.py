@@ -24,7 +24,7 @@ assert _spec.loader is not None
 cases = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(cases)
 
-WORLDS = [2, 3, 4, 8]
+WORLDS = [2, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))]
 NAMES = [
     "gradient_allreduce",
     "bytegrad",

@@ -2,7 +2,6 @@
 wrongly.
 """
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -57,11 +56,9 @@ def test_async_averaging_keeps_the_sum_and_survives_a_hundred_aborts(in_world):
     torch.testing.assert_close(found[0]["averaged"], mean, atol=1e-6, rtol=1e-6)
 
 
-def test_a_script_may_end_while_it_averages_in_the_background(in_world):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    assert in_world(FILE, "unclosed", 2, port) == [0, 0]
+def test_a_script_may_end_while_it_averages_in_the_background(fork, torchrun):
+    ranks = [fork(FILE, "unclosed", environment=each) for each in torchrun(2)]
+    assert [rank.wait(60) for rank in ranks] == [0, 0], "".join(rank.err for rank in ranks)
 
 
 def test_gradients_are_accumulated_clipped_and_missing_ones_count_as_zero(in_world):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from capstan.cli import main
+from world import Forked
 
 BUDGETS = ["--device", "cpu", "--device-memory", "3MiB", "--host-memory", "1MiB"]
 EVERYWHERE = "weights=device:0.4,host:0.3,disk:0.3 cache=host attention=host activations=device"
@@ -145,7 +146,8 @@ def test_a_job_without_a_placement_is_planned_within_its_budgets(
 
 
 def test_after_ctrl_c_the_same_command_goes_on(
-    start: Callable[..., "subprocess.Popen[str]"],
+    fork: Callable[..., Forked],
+    environment: Mapping[str, str],
     in_process: Callable[..., int],
     model: Path,
     write_requests: Callable[..., None],
@@ -157,7 +159,7 @@ def test_after_ctrl_c_the_same_command_goes_on(
     write_requests(requests, 24, lambda index: 40 + 3 * index)
     words = ["--model", str(model), "--input", str(requests), "--output", str(output), *BUDGETS]
     words += ["--place", EVERYWHERE]
-    process = start("generate", *words)
+    process = fork("commands.py", "capstan", "generate", *words, environment=environment)
     deadline_s = time.monotonic() + 120
     while not (output.exists() and output.stat().st_size):
         assert process.poll() is None, process.communicate()[1]

@@ -8,15 +8,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-KILLS = 20
+import pytest
 
 
-def test_a_job_killed_twenty_times_answers_every_request_once(
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_job_that_is_killed_again_and_again_answers_every_request_once(
     model: Path,
     environment: Mapping[str, str],
     write_requests: Callable[..., None],
     read_lines: Callable[[Path], list[dict[str, Any]]],
     tmp_path: Path,
+    kills: int,
 ) -> None:
     requests, folder = tmp_path / "requests.jsonl", tmp_path / "out"
     folder.mkdir()
@@ -24,7 +26,7 @@ def test_a_job_killed_twenty_times_answers_every_request_once(
     place = "weights=device:0.4,host:0.3,disk:0.3 cache=host attention=host activations=device"
     command = ["generate", "--model", str(model), "--input", str(requests), "--device", "cpu"]
     command += ["--device-memory", "3MiB", "--host-memory", "1MiB", "--place", place]
-    driver = [sys.executable, str(Path(__file__).with_name("kill_driver.py")), "7", str(KILLS), str(folder)]
+    driver = [sys.executable, str(Path(__file__).with_name("kill_driver.py")), "7", str(kills), str(folder)]
     done = subprocess.run(
         [*driver, *command], env=dict(environment), capture_output=True, text=True, check=False
     )
@@ -32,7 +34,7 @@ def test_a_job_killed_twenty_times_answers_every_request_once(
     assert done.returncode == 0, done.stderr + log
     report = json.loads(done.stdout)
 
-    assert report["codes"].count(-signal.SIGKILL) == KILLS
+    assert report["codes"].count(-signal.SIGKILL) == kills
     assert set(report["codes"]) <= {-signal.SIGKILL, 0}, log
     assert report["codes"][-1] == 0
     whole = {line["custom_id"]: line for line in read_lines(Path(report["whole"]))}

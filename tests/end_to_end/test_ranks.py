@@ -2,48 +2,35 @@
 
 import json
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from capstan.cli import main
+from world import Forked
 
 # A rank that waits for a dead one is told by the closed connection, at once; the rest is a busy machine's.
 PATIENCE_S = 60
 
 
 @pytest.fixture
-def start_ranks(environment: Mapping[str, str]) -> Iterator[Callable[..., list["subprocess.Popen[str]"]]]:
+def start_ranks(
+    fork: Callable[..., Forked],
+    torchrun: Callable[[int], list[dict[str, str]]],
+    environment: Mapping[str, str],
+) -> Callable[..., list[Forked]]:
     """`start_ranks("generate", …)`: two ranks, with the variables that torchrun sets."""
-    processes: list[subprocess.Popen[str]] = []
 
-    def start_ranks(*words: str) -> list["subprocess.Popen[str]"]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "capstan", *words],
-                env={**environment, **world, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
+    def start_ranks(*words: str) -> list[Forked]:
+        return [
+            fork("commands.py", "capstan", *words, environment={**environment, **each})
+            for each in torchrun(2)
         ]
-        processes.extend(ranks)
-        return ranks
 
-    yield start_ranks
-    for process in processes:
-        process.kill()
-        process.communicate()
+    return start_ranks
 
 
 def _wait_for_lines(output: Path, count: int) -> None:
@@ -58,7 +45,7 @@ def test_when_a_rank_dies_the_others_end_naming_it_and_the_same_command_goes_on(
     model: Path,
     environment: Mapping[str, str],
     monkeypatch: pytest.MonkeyPatch,
-    start_ranks: Callable[..., list["subprocess.Popen[str]"]],
+    start_ranks: Callable[..., list[Forked]],
     write_requests: Callable[..., None],
     read_lines: Callable[[Path], list[dict[str, Any]]],
     tmp_path: Path,

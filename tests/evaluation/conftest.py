@@ -1,11 +1,9 @@
 """Small files of every scenario, and a model whose answers follow from its prompts."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
 import toy_data
 from toy_model import ToyModel
 

@@ -373,6 +373,14 @@ _LOOKING = (
 )
 
 
+def _leaves(result: Any) -> list[Any]:
+    return [result] if isinstance(result, torch.Tensor) else tree_leaves(result)
+
+
+def _is_memory_of(tensor: torch.Tensor, view: torch.Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
+
+
 class OperationTape(TorchDispatchMode):
     """A tape for the processor: does the same operations again, on the same memory.
 
@@ -383,14 +391,17 @@ class OperationTape(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._operations: list[tuple[Any, Any, Any, Any]] = []
+        self._operations: list[tuple[Any, Any, Any, list[Any]]] = []
         self._is_done = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LOOKING:
             raise RuntimeError(f"{func} looks at values, which is not permitted while recording")
         result = func(*args, **(kwargs or {}))
-        self._operations.append((func, args, kwargs or {}, result))
+        places = [leaf for leaf in _leaves(result) if isinstance(leaf, torch.Tensor)]
+        # Memory stays where it is, so a view stays the same; but what may be a view is at times a copy.
+        if not (func.is_view and all(_is_memory_of(args[0], place) for place in places)):
+            self._operations.append((func, args, kwargs or {}, places))
         return result
 
     def begin(self) -> None:
@@ -404,10 +415,10 @@ class OperationTape(TorchDispatchMode):
             self._is_done = True
             return
         OperationTape.replays += 1
-        for func, args, kwargs, before in self._operations:
-            after = func(*args, **kwargs)
-            for place, value in zip(tree_leaves(before), tree_leaves(after), strict=True):
-                if isinstance(place, torch.Tensor) and place.data_ptr() != value.data_ptr():
+        for func, args, kwargs, places in self._operations:
+            values = [leaf for leaf in _leaves(func(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+            for place, value in zip(places, values, strict=True):
+                if place.data_ptr() != value.data_ptr():
                     place.copy_(value)
 
 

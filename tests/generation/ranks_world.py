@@ -1,11 +1,10 @@
-"""One rank of a world: started by test_ranks.py with torchrun's variables; prints a JSON object.
+"""One rank of a world: forked for test_ranks.py with torchrun's variables; prints a JSON object.
 
 Each case opens an engine, answers, and notes what was answered, what the ledger counted and what was planned.
 """
 
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,7 @@ from capstan.generation.planner import Planner
 from capstan.hardware import Machine
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    world = json.loads(Path(sys.argv[1]).read_text())
+def run(world: dict[str, Any]) -> None:
     machine = Machine.from_dict(world["machine"])
     rank, results = int(os.environ["RANK"]), []
     planners: dict[str, Any] = {}
@@ -78,7 +75,3 @@ def _answer(completion: Any) -> dict[str, Any]:
 
 def _scored(entry: Any) -> list[Any]:
     return [entry.token, entry.logprob, [list(pair) for pair in entry.top]]
-
-
-if __name__ == "__main__":
-    main()

@@ -74,6 +74,7 @@ def _lanes() -> list[str]:
 # --- memory ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("piece", ["layer", "back", "front"])
 @pytest.mark.parametrize("shape", [(2, 3), (5, 1), (1, 2)])
 @pytest.mark.parametrize("place", ["weights=host cache=host activations=host", "weights=device cache=device"])

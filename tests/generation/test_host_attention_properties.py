@@ -223,6 +223,7 @@ def test_without_a_compiler_the_result_is_the_same_to_rounding(kind, shared, win
     assert torch.equal(scene.region, expected)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.usefixtures("_no_kernel")
 @pytest.mark.parametrize("place", ["cache=device", "cache=host attention=host", "cache=disk attention=host"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"], indirect=True)
@@ -258,6 +259,7 @@ def test_very_large_scores_give_the_values_of_the_highest_without_overflow(kind,
     assert _is_near(found, wanted)
 
 
+@pytest.mark.covering(2)
 @needs_compiler
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("part", ["key", "value"])

@@ -34,6 +34,7 @@ def ring_slots(request: pytest.FixtureRequest, force_ring: Callable[[int], None]
     force_ring(request.param)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.usefixtures("ring_slots")
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"], indirect=True)
 def test_batches_that_stop_answer_as_transformers_does_and_every_byte_was_predicted(
@@ -56,6 +57,7 @@ def test_batches_that_stop_answer_as_transformers_does_and_every_byte_was_predic
             assert max(stops) >= 2, "several batches were stopped at a time"
 
 
+@pytest.mark.covering(1)
 @pytest.mark.usefixtures("ring_slots")
 @pytest.mark.parametrize("name", ["half-on-host", "half-over-disk", "mixed"])
 @pytest.mark.parametrize("weight_bits", [16, 4])
@@ -83,6 +85,7 @@ def test_batches_that_stop_compute_the_same_numbers_with_weights_in_fewer_bits(
     assert outcomes[1] == outcomes[0]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.usefixtures("ring_slots")
 def test_two_jobs_in_turns_on_one_engine_do_not_meet(
     stops: list[int],

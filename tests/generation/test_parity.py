@@ -13,6 +13,7 @@ def engine(family: str, place: list[str], start_engine: Callable[..., Engine]) -
         yield engine
 
 
+@pytest.mark.covering(2)
 @pytest.mark.usefixtures("block")
 def test_greedy_answers_equal_transformers_token_for_token_and_every_byte_was_predicted(
     engine: Engine,

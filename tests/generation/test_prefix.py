@@ -36,6 +36,7 @@ def expected(
     return [reference.greedy(prompt, count) for prompt, count in zip(PROMPTS, NEW, strict=True)]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.usefixtures("block")
 def test_answers_after_a_shared_prefix_equal_transformers_and_every_byte_was_predicted(
     engine: Engine,

@@ -49,6 +49,7 @@ def _quantise(reference: Any, bits: int) -> int:
     return num_grouped
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"], indirect=True)
 def test_weights_in_fewer_bits_answer_as_transformers_with_weights_sent_through_the_same_codec(
@@ -112,6 +113,7 @@ def test_a_cache_in_fewer_bits_answers_as_transformers_with_a_cache_of_the_same_
     ]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("cache_bits", [16, 8, 4])
 @pytest.mark.parametrize("weight_bits", [16, 8, 4])
 def test_with_fewer_bits_placement_changes_no_token_and_no_logprob(

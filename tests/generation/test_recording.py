@@ -44,6 +44,7 @@ def long_answers(
     return cache(long_answers)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.usefixtures("stops")
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt-350m-like", "mixtral"], indirect=True)
 @pytest.mark.parametrize("place", PLACES)

@@ -13,7 +13,7 @@ from capstan.transport.message import HEADER_BYTES
 CASES = str(Path(__file__).with_name("collective_cases.py"))
 CODECS = ["identity", "cast:bfloat16", "group8:512:float32", "group4:32:symmetric", "sign:64", "minmax8"]
 SIZES = [1000, 4099, 1, 2048]
-WORLDS = [2, 3, 4, 8]
+WORLDS = [2, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))]
 
 
 def values_of(rank: int, bucket: int, numel: int) -> torch.Tensor:

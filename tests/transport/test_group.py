@@ -1,77 +1,38 @@
 """Ranks tell each other values and tensors; a wait for one that is gone or silent ends, and names it."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from capstan.transport.group import join
 
-# When all have heard from all, the others go away or fall silent while rank 0 waits for rank 1.
-_RANK = """
-import json, os, sys, time
-import torch
-from capstan.errors import CapstanError
-from capstan.transport.group import join
-
-torch.set_num_threads(1)
-group = join("cpu", patience_s=2.0)
-assert join("cpu", patience_s=2.0) is group
-told = {"gathered": group.gather({"rank": group.rank}), "shared": group.share([group.rank, "first"])}
-following = (group.rank + 1) % group.size
-before = (group.rank - 1) % group.size
-arrived = [torch.empty(2, dtype=torch.bfloat16) for _ in range(2)]
-receiving = [group.receive(each, before) for each in arrived]
-values = [torch.full((2,), group.rank + at / 2, dtype=torch.bfloat16) for at in (0, 1)]
-sending = [group.send(each, following) for each in values]
-for transfer in (*receiving, *sending):
-    transfer.wait()
-told["arrived"] = [each.tolist() for each in arrived]
-group.gather(None)
-if group.rank == 0:
-    started_s = time.monotonic()
-    try:
-        group.receive(torch.empty(1), 1).wait()
-    except CapstanError as error:
-        told["error"] = f"{type(error).__name__}: {error}"
-    told["waited_s"] = time.monotonic() - started_s
-elif sys.argv[1] == "silent":
-    time.sleep(3)
-print(json.dumps(told), flush=True)
-os._exit(0)
-"""
-
-
-def _world(size: int, fate: str) -> list[dict[str, Any]]:
-    """What so many ranks found, all but the first of which are "gone" or "silent" in the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANK, fate],
-            env=world | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    outputs = [process.communicate(timeout=60) for process in ranks]
-    for process, (_, errors) in zip(ranks, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(output) for output, _ in outputs]
+GROUP_CASES = Path(__file__).with_name("group_cases.py")
 
 
 @pytest.fixture(scope="module")
-def told() -> list[dict[str, Any]]:
+def tell(
+    fork: Callable[..., Any], torchrun: Callable[[int], list[dict[str, str]]]
+) -> Callable[[int, str], list[dict[str, Any]]]:
+    """`tell(size, fate)`: what so many ranks found, all but the first of which are "gone" or "silent" in the
+    end."""
+
+    def tell(size: int, fate: str) -> list[dict[str, Any]]:
+        ranks = [fork(GROUP_CASES, "tell", fate, environment=each) for each in torchrun(size)]
+        outputs = [rank.communicate(timeout=60) for rank in ranks]
+        for rank, (_, errors) in zip(ranks, outputs, strict=True):
+            assert rank.returncode == 0, errors
+        return [json.loads(output) for output, _ in outputs]
+
+    return tell
+
+
+@pytest.fixture(scope="module")
+def told(tell: Callable[[int, str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """What three ranks found, two of which went away."""
-    return _world(3, "gone")
+    return tell(3, "gone")
 
 
 def test_every_rank_has_what_all_gave_and_what_the_first_shares(told: list[dict[str, Any]]) -> None:
@@ -91,8 +52,10 @@ def test_ranks_that_are_gone_are_named(told: list[dict[str, Any]]) -> None:
     assert "1" in told[0]["error"].partition("gone")[0]
 
 
-def test_a_rank_that_does_not_answer_is_named_when_patience_ends() -> None:
-    told = _world(2, "silent")
+def test_a_rank_that_does_not_answer_is_named_when_patience_ends(
+    tell: Callable[[int, str], list[dict[str, Any]]],
+) -> None:
+    told = tell(2, "silent")
     assert told[0]["error"].startswith("TimeoutExpired: Rank 1 of 2 did not answer rank 0 within 2 s")
     assert told[0]["waited_s"] >= 2
 

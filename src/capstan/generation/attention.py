@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
-from torch.nn.attention.bias import causal_lower_right
 
 from capstan.errors import UnsupportedModel
 
@@ -121,6 +120,8 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, geometry: Atten
 def _last_queries_mask(num_queries: int, num_keys: int, device: torch.device) -> Any:
     """Causal, for queries that are the last of the keys' positions; on CUDA a promise that kernels know."""
     if device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler: seconds
+
         return causal_lower_right(num_queries, num_keys)
     return torch.ones(num_queries, num_keys, dtype=torch.bool).tril_(num_keys - num_queries)
 

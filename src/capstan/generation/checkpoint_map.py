@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from transformers import core_model_loading
-
 from capstan.errors import InputError, UnsupportedModel
 from capstan.generation.skeleton import Skeleton, TensorSpec
 from capstan.storage import Checkpoint, TensorRange
@@ -47,6 +45,8 @@ def map_checkpoint(skeleton: Skeleton, checkpoint: Checkpoint) -> Sources:
         InputError: tensors are missing from the checkpoint or have another shape.
         UnsupportedModel: the checkpoint's layout differs by more than renaming, stacking and joining.
     """
+    from transformers import core_model_loading  # it builds models, and takes as long as torch to import
+
     conversions = skeleton.conversions
     renamings = [each for each in conversions if isinstance(each, core_model_loading.WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, core_model_loading.WeightConverter)]
@@ -105,12 +105,12 @@ def _converted_pieces(
         if converter
         else []
     )
+    from transformers.core_model_loading import dot_natural_key
+
     columns: dict[str, list[TensorRange]] = (
         {pattern: [] for pattern in converter.source_patterns} if converter else {}
     )
-    for source, pattern in sorted(
-        found, key=lambda each: core_model_loading.dot_natural_key(each.source.name)
-    ):
+    for source, pattern in sorted(found, key=lambda each: dot_natural_key(each.source.name)):
         columns.setdefault(pattern or "", []).append(source)
     used = [column for column in columns.values() if column]
     if operations == [(_STACK, 0)] and len(used) == 1:

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, conversion_mapping
 
 from capstan.errors import InputError, UnsupportedModel
 from capstan.generation.attention import attend_through_module
@@ -100,6 +99,8 @@ class Skeleton:
     """
 
     def __init__(self, model: Any, config: Any) -> None:
+        from transformers import conversion_mapping  # here and below: importing what builds models takes long
+
         self.config = config
         self.model = model
         self.conversions = list(conversion_mapping.get_model_conversion_mapping(model))
@@ -290,6 +291,8 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
         InputError: no readable config.json.
         UnsupportedModel: not a decoder-only model whose attention goes through transformers' interface.
     """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
     config = _read_config(folder)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(
@@ -323,6 +326,8 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
 def _read_config(folder: Path) -> Any:
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} has no config.json. Name a folder in Hugging Face format.")
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx2 as httpx
+import pytest
 
 from capstan.generation import Engine, Request
 
-CLIENTS, REQUESTS = 64, 2_000
+CLIENTS = 64
 
 
 def _body(index: int) -> dict[str, Any]:
@@ -25,9 +26,9 @@ def _body(index: int) -> dict[str, Any]:
     }
 
 
-async def _ask_all(url: str) -> dict[int, list[httpx.Response]]:
-    answers: dict[int, list[httpx.Response]] = {index: [] for index in range(REQUESTS)}
-    left = iter(range(REQUESTS))
+async def _ask_all(url: str, num_requests: int) -> dict[int, list[httpx.Response]]:
+    answers: dict[int, list[httpx.Response]] = {index: [] for index in range(num_requests)}
+    left = iter(range(num_requests))
 
     async def client() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=120) as http:
@@ -38,20 +39,21 @@ async def _ask_all(url: str) -> dict[int, list[httpx.Response]]:
     return answers
 
 
-def test_two_thousand_requests_of_64_clients_are_each_answered_once_and_as_alone(
-    serve: Callable[..., Any], serving_engine: Engine
+@pytest.mark.parametrize("num_requests", [200, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_requests_of_64_clients_are_each_answered_once_and_as_alone(
+    serve: Callable[..., Any], serving_engine: Engine, num_requests: int
 ) -> None:
     with serve() as running:
-        answers = asyncio.run(_ask_all(running.url))
+        answers = asyncio.run(_ask_all(running.url, num_requests))
         num_finished = running.metric("sequences_finished_total")
         assert running.metric("sequences_running") == running.metric("sequences_waiting") == 0
         assert running.metric("sequences_dropped_total") == 0
     assert {len(each) for each in answers.values()} == {1}
     bodies = {index: each[0].json() for index, each in answers.items() if each[0].status_code == 200}
-    assert len(bodies) == REQUESTS, Counter(each[0].status_code for each in answers.values())
-    assert num_finished == sum(_body(index)["n"] for index in range(REQUESTS))
-    assert len({body["id"] for body in bodies.values()}) == REQUESTS
-    asked = [Request(**_body(index), id=str(index)) for index in range(REQUESTS)]
+    assert len(bodies) == num_requests, Counter(each[0].status_code for each in answers.values())
+    assert num_finished == sum(_body(index)["n"] for index in range(num_requests))
+    assert len({body["id"] for body in bodies.values()}) == num_requests
+    asked = [Request(**_body(index), id=str(index)) for index in range(num_requests)]
     for done in serving_engine.generate(asked):
         choices = bodies[int(done.id)]["choices"]
         assert [choice["text"] for choice in choices] == [answer.text for answer in done.answers]

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 from capstan.evaluation.metrics.stat import Stat, stat
 
@@ -72,6 +71,8 @@ def fit_platt(confidences: Sequence[float], right: Sequence[int]) -> Platt:
         value = float((weight * (np.logaddexp(0.0, raw) - y * raw)).sum() + 0.5 * penalty * w[0] ** 2)
         pull = weight * (_sigmoid(raw) - y)
         return value, np.array([x @ pull + penalty * w[0], pull.sum()])
+
+    from scipy.optimize import minimize  # takes longer to import than all of this room
 
     found = minimize(
         loss,
