@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -147,10 +147,7 @@ def by_definition(cluster: Cluster, layout: Layout) -> float:
             for partners in permutations(other)
         )
 
-    path = min(
-        sum(edge(a, b) for a, b in zip(order, order[1:], strict=False))
-        for order in permutations(layout.groups)
-    )
+    path = min(sum(edge(a, b) for a, b in pairwise(order)) for order in permutations(layout.groups))
     return data_parallel + 2 * path
 
 

@@ -59,7 +59,7 @@ class CostModel:
 
     def total_s(self, layouts: Numbers) -> Seconds:
         """The total costs; layouts that were priced before, up to exchangeable devices, are looked up."""
-        keys = [key.tobytes() for key in np.sort(self._stages(layouts), axis=1)]
+        keys = self.keys(layouts)
         unknown: dict[bytes, int] = {}
         for number, key in enumerate(keys):
             if key not in self._totals and key not in unknown:
@@ -67,6 +67,10 @@ class CostModel:
         if unknown:
             self.price(layouts[list(unknown.values())])
         return np.array([self._totals[key] for key in keys])
+
+    def keys(self, layouts: Numbers) -> list[bytes]:
+        """A key for each layout; layouts that differ only by exchangeable devices and order have the same."""
+        return [key.tobytes() for key in np.sort(self._stages(layouts), axis=1)]
 
     def edges(self, layout: Numbers) -> Seconds:
         """(stages, stages): the bottleneck matching between every two stages of one layout."""
@@ -148,3 +152,16 @@ def _among_exchangeable(pairs: PairSeconds) -> Seconds:
         if len(others) > 1:
             boundary[device, device] = boundary[device, others[others != device][0]]
     return boundary
+
+
+def as_listed_s(pairs: PairSeconds, layouts: Numbers) -> Seconds:
+    """What (many, stages, replicas) layouts cost when ranks are used as listed.
+
+    Stages follow each other in their order and member r of a stage sends to member r of the next, as under
+    a launcher that knows nothing of the network; data parallelism costs what it always costs.
+    """
+    inside = pairs.data_parallel[layouts[..., :, None], layouts[..., None, :]]
+    slowest = inside.sum(axis=-1).max(axis=(-1, -2))
+    steps = pairs.boundary[layouts[:, :-1], layouts[:, 1:]].max(axis=-1)
+    total: Seconds = slowest + 2 * steps.sum(axis=-1)
+    return total

@@ -14,7 +14,7 @@ from capstan.errors import InputError, UsageError, unknown_name
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One group of devices for each stage, by 0-based number; a group is the data-parallel group of its stage.
+    """One group of devices for each stage, by 0-based number: the data-parallel group of that stage.
 
     Stages stand in pipeline order where a planner made the layout, and then device r of each group belongs to
     replica r, so that `ranks` starts pipelines along the chosen links.

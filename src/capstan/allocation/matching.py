@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from capstan.allocation.pair_seconds import Numbers, Seconds
+from capstan.allocation.pair_seconds import Seconds
 
 
 class Matching(NamedTuple):
@@ -19,49 +19,54 @@ def bottleneck_seconds(seconds: Seconds) -> Seconds:
 
         min over perfect matchings M of max over (i, j) in M of seconds[i, j]
 
-    No matching is cheaper than the dearest of all rows' and columns' cheapest entries, so that is tried first;
-    where it does not suffice, a binary search over the sorted larger entries finds the answer.
+    No matching is cheaper than the dearest of all rows' and columns' cheapest entries, so that is tried
+    first; where it does not suffice, a binary search over the sorted larger entries finds the answer.
 
     Source: the edge between two stages of DT-FM, arXiv 2206.01288. Differs: the same value, by O(log size)
     tests whether a matching exists instead of one assignment problem for each entry that is struck out.
     """
-    bound = np.maximum(seconds.min(2).max(1), seconds.min(1).max(1))
-    found = bound.copy()
-    for block, rows in enumerate(_rows_as_bits(seconds <= bound[:, None, None])):
-        if _perfect_matching(rows) is None:
-            found[block] = _search(seconds[block], float(bound[block]))
-    return found
+    bound: Seconds = np.maximum(seconds.min(2).max(1), seconds.min(1).max(1))
+    fails = np.array([_perfect_matching(rows) is None for rows in _rows_as_bits(seconds, bound)])
+    if fails.any():
+        bound[fails] = _search(seconds[fails], bound[fails])
+    return bound
 
 
 def bottleneck_matching(seconds: Seconds) -> Matching:
     """One matching that reaches `bottleneck_seconds`, of a (size, size) matrix."""
     most = float(bottleneck_seconds(seconds[None])[0])
-    partner = _perfect_matching(_rows_as_bits((seconds <= most)[None])[0])
+    partner = _perfect_matching(_rows_as_bits(seconds[None], np.array([most]))[0])
     assert partner is not None
     return Matching(most, tuple(bits.bit_length() - 1 for bits in partner))
 
 
-def _search(seconds: Seconds, below: float) -> float:
-    """The smallest entry above `below` up to which a perfect matching exists."""
-    entries = np.unique(seconds[seconds > below])
-    low, high = 0, len(entries) - 1
-    while low < high:
+def _search(seconds: Seconds, below: Seconds) -> Seconds:
+    """For each block the smallest entry above `below` up to which a perfect matching exists."""
+    entries = np.sort(seconds.reshape(len(seconds), -1), axis=1)
+    blocks = np.arange(len(seconds))
+    low = (entries <= below[:, None]).sum(axis=1)
+    high = np.full_like(low, entries.shape[1] - 1)
+    while (unsure := low < high).any():
         middle = (low + high) // 2
-        if _perfect_matching(_rows_as_bits((seconds <= entries[middle])[None])[0]) is None:
-            low = middle + 1
-        else:
-            high = middle
-    return float(entries[low])
+        part = blocks[unsure]
+        rows = _rows_as_bits(seconds[part], entries[part, middle[part]])
+        fails = np.array([_perfect_matching(each) is None for each in rows])
+        low[part[fails]] = middle[part[fails]] + 1
+        high[part[~fails]] = middle[part[~fails]]
+    found: Seconds = entries[blocks, low]
+    return found
 
 
-def _rows_as_bits(allowed: Numbers | np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> list[list[int]]:
-    """Each row of (blocks, size, size) truth values as one integer, column j in bit j."""
-    blocks, size, _ = allowed.shape
-    packed = np.packbits(allowed, axis=-1, bitorder="little")
-    width = packed.shape[-1]
-    text = packed.tobytes()
-    rows = [int.from_bytes(text[at : at + width], "little") for at in range(0, len(text), width)]
-    return [rows[block * size : (block + 1) * size] for block in range(blocks)]
+def _rows_as_bits(seconds: Seconds, most: Seconds) -> list[list[int]]:
+    """Of each (blocks, size, size) matrix its rows as integers: bit j says that entry j is at most `most`."""
+    blocks, size, _ = seconds.shape
+    packed = np.packbits(seconds <= most[:, None, None], axis=-1, bitorder="little")
+    if size <= 64:
+        words = np.zeros((blocks, size, 8), dtype=np.uint8)
+        words[..., : packed.shape[-1]] = packed
+        bits: list[list[int]] = words.view("<u8")[..., 0].tolist()
+        return bits
+    return [[int.from_bytes(row.tobytes(), "little") for row in block] for block in packed]
 
 
 def _perfect_matching(rows: list[int]) -> list[int] | None:

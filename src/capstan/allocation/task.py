@@ -34,7 +34,7 @@ class TrainingTask:
     """A transformer and its batch; by default the paper's GPT3-1.3B with a million tokens a step."""
 
     parameters: float = 1.3e9
-    hidden_size: int = 2048
+    hidden_size: float = 2048.0
     batch_tokens: float = 1e6
 
     def __post_init__(self) -> None:
@@ -63,8 +63,8 @@ class TrainingTask:
         if cost_model == "paper":
             if self != TrainingTask():
                 raise UsageError(
-                    f"The cost model 'paper' has constants for {TrainingTask()} only, but the task is {self}. "
-                    "Use the cost model 'corrected' for other tasks."
+                    f"The cost model 'paper' has constants for {TrainingTask()} only, but the task "
+                    f"is {self}. Use the cost model 'corrected' for other tasks."
                 )
             gib = _ACTIVATION_BYTES * self.batch_tokens * _PAPER_HIDDEN_SIZE / replicas / 2**30
             return Tasklet(gradient_bytes=gradient_bytes, activation_bytes=gib * 1e9)
