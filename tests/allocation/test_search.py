@@ -149,7 +149,7 @@ def test_all_layouts_are_different_and_hold_every_device() -> None:
 
 
 def test_too_many_layouts_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"4\.5e\+47 layouts of 64 devices.*evolutionary"):
+    with pytest.raises(UsageError, match=r"e\+47 layouts of 64 devices.*evolutionary"):
         search_all(model_of(scenario("spot"), stages=8), stages=8)
 
 

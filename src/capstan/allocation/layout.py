@@ -1,6 +1,5 @@
 """A layout: which devices hold which stage. The hand-made ones, and reading one from a file."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +94,7 @@ def read_layout(path: Path, names: Sequence[str]) -> Layout:
         groups: list[list[StrictInt | StrictStr]]
 
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        groups = LayoutFile.model_validate(record).groups
+        groups = LayoutFile.model_validate_json(Path(path).read_text(encoding="utf-8")).groups
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The layout file {path} cannot be read: {error}.") from error
     except ValidationError as error:
@@ -106,8 +104,6 @@ def read_layout(path: Path, names: Sequence[str]) -> Layout:
             f'{path} should hold a layout {{"groups": [[device, …], …]}} with devices by number or name; '
             f"{place}: {first['msg']}."
         ) from error
-    except ValueError as error:
-        raise InputError(f"{path} should hold a layout but is no JSON ({error}).") from error
     try:
         layout = Layout(groups=tuple(_numbers(group, names) for group in groups))
         if layout.num_stages * layout.num_replicas != len(names):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from capstan.errors import InputError, UsageError
+from capstan.errors import UsageError
 from capstan.hardware import Cluster, scenario
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def allocate(
     # Imported here: NumPy takes a while.
     from capstan.allocation import TrainingTask, evaluate_layout, plan_allocation, read_layout
     from capstan.plans import explain
+    from capstan.storage import write_atomically
 
     network = _network(cluster, scenario_name)
     task = TrainingTask(parameters=parameters, hidden_size=hidden_size, batch_tokens=batch_tokens)
@@ -97,7 +98,7 @@ def allocate(
             network, layout, task=task, cost_model=cost_model, seed=seed, asymmetric=asymmetric
         )
     if svg is not None:
-        _write(svg, found.svg)
+        write_atomically(svg, found.svg)
     if as_json:
         typer.echo(json.dumps(_record(found, scenario_name, cluster, network)))
         return
@@ -116,13 +117,6 @@ def _network(cluster: Path | None, scenario_name: str | None) -> Cluster:
 
     assert cluster is not None
     return read_cluster_file(cluster)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"The map cannot be written to {path}: {error}.") from error
 
 
 def _record(
