@@ -9,6 +9,7 @@ from capstan.allocation.open_tour import open_tour_seconds
 from capstan.allocation.pair_seconds import Numbers, PairSeconds, Seconds
 
 _CHUNK_ENTRIES = 2_000_000
+_MOST_REMEMBERED = 2_000_000
 
 
 class Costs(NamedTuple):
@@ -41,6 +42,9 @@ class CostModel:
     def __init__(self, pairs: PairSeconds) -> None:
         self.pairs = pairs
         self._boundary = _among_exchangeable(pairs)
+        self._forget()
+
+    def _forget(self) -> None:
         self._stage_numbers: dict[bytes, int] = {}
         self._members: list[Numbers] = []
         self._data_parallel_s: list[float] = []
@@ -49,6 +53,10 @@ class CostModel:
 
     def price(self, layouts: Numbers) -> Costs:
         """The costs of (many, stages, replicas) layouts."""
+        self._forget_when_full()
+        return self._price(layouts)
+
+    def _price(self, layouts: Numbers) -> Costs:
         stages = self._stages(layouts)
         slowest = np.array(self._data_parallel_s)[stages].max(axis=1)
         costs = Costs(slowest, 2 * open_tour_seconds(self._edges_between(stages)))
@@ -59,17 +67,18 @@ class CostModel:
 
     def total_s(self, layouts: Numbers) -> Seconds:
         """The total costs; layouts that were priced before, up to exchangeable devices, are looked up."""
+        self._forget_when_full()
         keys = self.keys(layouts)
         unknown: dict[bytes, int] = {}
         for number, key in enumerate(keys):
             if key not in self._totals and key not in unknown:
                 unknown[key] = number
         if unknown:
-            self.price(layouts[list(unknown.values())])
+            self._price(layouts[list(unknown.values())])
         return np.array([self._totals[key] for key in keys])
 
     def keys(self, layouts: Numbers) -> list[bytes]:
-        """A key for each layout; layouts that differ only by exchangeable devices and order have the same."""
+        """A key for each layout; those that differ only by exchangeable devices and order have the same."""
         return [key.tobytes() for key in np.sort(self._stages(layouts), axis=1)]
 
     def edges(self, layout: Numbers) -> Seconds:
@@ -87,6 +96,11 @@ class CostModel:
     def num_layouts(self) -> int:
         """How many different layouts were priced."""
         return len(self._totals)
+
+    def _forget_when_full(self) -> None:
+        # Long walks over many different devices would otherwise fill the memory: about 0.5 GB at the bound.
+        if len(self._edges) > _MOST_REMEMBERED:
+            self._forget()
 
     def _stages(self, layouts: Numbers) -> Numbers:
         """(many, stages): the number under which each stage is remembered."""
