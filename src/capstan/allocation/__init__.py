@@ -16,10 +16,12 @@ from capstan.allocation.globe import regions_on_a_globe
 from capstan.allocation.layout import Layout, contiguous, layout_to_dict, read_layout, strided
 from capstan.allocation.pair_seconds import PairSeconds, pair_seconds
 from capstan.allocation.planner import SEARCHES, Allocation, evaluate_layout, plan_allocation
+from capstan.allocation.step_simulation import SCHEDULES, StepSimulation, StepTask, simulate_step
 from capstan.allocation.task import COST_MODELS, Tasklet, TrainingTask
 
 __all__ = [
     "COST_MODELS",
+    "SCHEDULES",
     "SEARCHES",
     "Allocation",
     "CostModel",
@@ -27,6 +29,8 @@ __all__ = [
     "Evolution",
     "Layout",
     "PairSeconds",
+    "StepSimulation",
+    "StepTask",
     "Tasklet",
     "TrainingTask",
     "contiguous",
@@ -40,5 +44,6 @@ __all__ = [
     "search_all",
     "search_annealing",
     "search_evolution",
+    "simulate_step",
     "strided",
 ]
