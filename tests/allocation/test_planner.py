@@ -98,6 +98,7 @@ def test_evaluating_a_plans_layout_gives_its_price(worldwide: Allocation) -> Non
     cluster = scenario("worldwide")
     again = evaluate_layout(cluster, worldwide.layout)
     assert (again.data_parallel_s, again.pipeline_s) == (worldwide.data_parallel_s, worldwide.pipeline_s)
+    assert [each.name for each in again.plan.alternatives] == ["strided", "contiguous", "random ranks"]
     with pytest.raises(UsageError, match="holds 4 devices, but the cluster has 64"):
         evaluate_layout(cluster, contiguous(4, stages=2))
 

@@ -104,8 +104,8 @@ def plan_of(
     memory = {name: device.memory_bytes for name, device in cluster.devices.items()}
     return Plan(
         system="allocation",
-        title=f"{stages} stages × {replicas} replicas",
-        machine=f"{len(names)} devices, {names[0]} … {names[-1]}",
+        title=f"{_counted(stages, 'stage')} × {_counted(replicas, 'replica')}",
+        machine=f"{_counted(len(names), 'device')}, {names[0]} … {names[-1]}",
         phases=(_data_parallel(names, tasklet, layout, found), _pipeline(names, tasklet, layout, found)),
         peak_bytes=dict.fromkeys(memory or ("each device",), state_bytes),
         budget_bytes=memory,
@@ -114,6 +114,10 @@ def plan_of(
         bound=_bound(names, layout, found),
         alternatives=tuple(alternatives),
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _data_parallel(names: Sequence[str], tasklet: Tasklet, layout: Layout, found: Priced) -> Phase:

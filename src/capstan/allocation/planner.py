@@ -185,6 +185,7 @@ def _alternatives(network: _Network, stages: int, found: Priced, seed: int) -> t
     """The layouts people write down, ranks that know nothing of the network, and the second best."""
     count = len(network.cluster.names)
     model = network.model
+    # Read before the layouts below are priced: what a search met, and nothing where none was made.
     next_best_s = model.next_best_s(found.total_s)
     hand = np.stack([strided(count, stages=stages).array, contiguous(count, stages=stages).array])
     strided_s, contiguous_s = model.total_s(hand).tolist()

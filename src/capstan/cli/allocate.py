@@ -49,7 +49,9 @@ HiddenOption = Annotated[int, typer.Option(help="Numbers that cross a boundary f
 TokensOption = Annotated[float, typer.Option(help="Tokens in the batch of one step, as 1e6.")]
 EvaluateOption = Annotated[
     Path | None,
-    typer.Option(help='Price the layout in this JSON file, {"groups": [[device, ...], ...]}, and stop.'),
+    typer.Option(
+        help='Price the layout in this JSON file, {"groups": [[device, ...], ...]}, instead of searching.'
+    ),
 ]
 SvgOption = Annotated[Path | None, typer.Option(help="Write a map of the groups here.")]
 JsonOption = Annotated[
