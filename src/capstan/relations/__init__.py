@@ -4,7 +4,11 @@ A `TensorRelation` maps integer keys to equally shaped tensors. Logical operator
 say what to compute; they are typed when they are built, and `evaluate` computes them the obvious way.
 """
 
+from capstan.relations.computing import Computed, compute, compute_with_accounts, prepare
+from capstan.relations.derivatives import gradient
 from capstan.relations.einsum_plan import einsum_plan
+from capstan.relations.elementwise import ELEMENTWISE
+from capstan.relations.expression import Expression, add, apply, einsum, open_tensor, tensor
 from capstan.relations.kernels import ArrayMap, EinsumKernel, ElementwiseKernel, KeyFunction, KeyPredicate
 from capstan.relations.logical import Aggregation, Concat, Filter, Join, ReKey, Source, Tile, Transform
 from capstan.relations.reference import evaluate
@@ -12,12 +16,15 @@ from capstan.relations.semirings import SEMIRINGS, Semiring
 from capstan.relations.tensor_relation import RelationType, TensorRelation
 
 __all__ = [
+    "ELEMENTWISE",
     "SEMIRINGS",
     "Aggregation",
     "ArrayMap",
+    "Computed",
     "Concat",
     "EinsumKernel",
     "ElementwiseKernel",
+    "Expression",
     "Filter",
     "Join",
     "KeyFunction",
@@ -29,6 +36,15 @@ __all__ = [
     "TensorRelation",
     "Tile",
     "Transform",
+    "add",
+    "apply",
+    "compute",
+    "compute_with_accounts",
+    "einsum",
     "einsum_plan",
     "evaluate",
+    "gradient",
+    "open_tensor",
+    "prepare",
+    "tensor",
 ]

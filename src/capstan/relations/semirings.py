@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
+import numpy as np
+
 from capstan.errors import InputError, unknown_name
-from capstan.relations.arrays import Array, dtype_name, fold, is_torch, permute, reduce
+from capstan.relations.arrays import Array, dtype_name, fold, fold_into, is_torch, permute, reduce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ def contract_pair(
     """Join two arrays on their common labels and fold away the labels that `output` lacks.
 
     Sums of products become one batched matrix multiply; other semirings fold one contracted index after
-    the other, so that no more than three arrays of the output's size are alive.
+    the other, so that no more than two arrays of the output's size are alive.
     """
     left_kept = _wanted(left_labels, right_labels + output)
     right_kept = _wanted(right_labels, left_labels + output)
@@ -110,7 +112,7 @@ def _multiply_matrices(left_labels: str, left: Array, right_labels: str, right: 
         shape = [prod(sizes[label] for label in group) for group in groups]
         if not batch:
             shape = shape[1:]
-        return permute(array, order).reshape(shape)
+        return _for_blas(permute(array, order).reshape(shape))
 
     product_ = matrix(left_labels, left, batch, rows, shared) @ matrix(
         right_labels, right, batch, shared, columns
@@ -120,17 +122,27 @@ def _multiply_matrices(left_labels: str, left: Array, right_labels: str, right: 
     return permute(product_, [found.index(label) for label in output])
 
 
+def _for_blas(array: Array) -> Array:
+    """NumPy multiplies matrices without BLAS, many times slower, unless one of two strides is an element."""
+    if is_torch(array) or array.itemsize in array.strides[-2:]:
+        return array
+    return np.ascontiguousarray(array)
+
+
 def _fold_slices(
     left_labels: str, left: Array, right_labels: str, right: Array, output: str, semiring: Semiring
 ) -> Array:
     shared = [label for label in left_labels if label in right_labels and label not in output]
     ranges = [range(left.shape[left_labels.index(label)]) for label in shared]
-    multiply, add = fold(semiring.multiply), fold(semiring.add)
+    multiply = fold(semiring.multiply)
     total: Array = None
     for indices in product(*ranges):
         at = dict(zip(shared, indices, strict=True))
         part = multiply(_slice(left_labels, left, at, output), _slice(right_labels, right, at, output))
-        total = part if total is None else add(total, part)
+        if total is None:
+            total = part
+        else:
+            fold_into(semiring.add, total, part)
     return total
 
 
@@ -140,17 +152,3 @@ def _slice(labels: str, array: Array, at: Mapping[str, int], output: str) -> Arr
     kept = [label for label in labels if label not in at]
     ordered = permute(array, [kept.index(label) for label in output if label in kept])
     return ordered[tuple(slice(None) if label in kept else None for label in output)]
-
-
-def check_one_dtype(arrays: list[Array]) -> None:
-    """Refuse operands that mix dtypes or libraries: a conversion that nobody asked for can lose digits.
-
-    Raises:
-        InputError: they do.
-    """
-    kinds = {("torch " if is_torch(array) else "numpy ") + dtype_name(array) for array in arrays}
-    if len(kinds) > 1:
-        raise InputError(
-            f"The operands mix {' and '.join(sorted(kinds))}. Convert them to one type first; "
-            "nothing is converted silently."
-        )
