@@ -31,7 +31,9 @@ def plan_of(chosen: MemoryPlan, *, title: str) -> Plan:
 
 def _where(chosen: MemoryPlan) -> Choice:
     if chosen.is_direct:
-        return Choice(name="execution", value="in memory", reason="everything fits, each contraction one call")
+        return Choice(
+            name="execution", value="in memory", reason="everything fits, each contraction one call"
+        )
     direct = sum(value.size_bytes for value in chosen.program.values)
     return Choice(
         name="execution",

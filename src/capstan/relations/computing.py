@@ -66,7 +66,9 @@ def prepare(
 
 def _check_can_go_to_disk(program: Program) -> None:
     if program.dtype == "bfloat16":
-        raise InputError("bfloat16 has no place in a .npy file: convert to float32, or give no memory budget.")
+        raise InputError(
+            "bfloat16 has no place in a .npy file: convert to float32, or give no memory budget."
+        )
     for value in program.values:
         if is_torch(value.data) and value.data.device.type != "cpu":
             raise InputError(
@@ -87,9 +89,7 @@ def compute_with_accounts(
     path = None if output is None else Path(output)
     if path is not None:
         _check_output(expression, path)
-    prepared = prepare(
-        expression, memory=memory, threads=threads, is_output_on_disk=path is not None
-    )
+    prepared = prepare(expression, memory=memory, threads=threads, is_output_on_disk=path is not None)
     home = scratch or (path.parent if path else None)
     with tempfile.TemporaryDirectory(prefix=".capstan-relate-", dir=home) as folder:
         # Beside the output, so that giving it its name is one rename.

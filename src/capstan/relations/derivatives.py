@@ -41,7 +41,9 @@ def gradient(
     nodes = in_order(output)
     missing = [node for node in with_respect_to if all(node is not each for each in nodes)]
     if missing:
-        raise UsageError(f"{missing[0].label!r} is no part of the expression, so there is no derivative to it.")
+        raise UsageError(
+            f"{missing[0].label!r} is no part of the expression, so there is no derivative to it."
+        )
     start = upstream or Ones(size=output.shape, like=output)
     if start.shape != output.shape:
         raise UsageError(f"upstream has shape {start.shape}, but the output has {output.shape}.")

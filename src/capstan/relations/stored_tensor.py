@@ -118,7 +118,9 @@ def open_npy(path: Path | str) -> StoredTensor:
             raise InputError(f"{path} is no .npy file: {error} Write it with numpy.save.") from error
         offset = file.tell()
     if dtype.kind not in "biufc" or not dtype.isnative:
-        raise InputError(f"{path} has elements of type {dtype}; numbers of this machine's byte order are needed.")
+        raise InputError(
+            f"{path} has elements of type {dtype}; numbers of this machine's byte order are needed."
+        )
     if 0 in shape:
         raise InputError(f"{path} has shape {shape}: no dimension may be empty.")
     stored = StoredTensor(

@@ -260,10 +260,7 @@ def _boxes(
 ) -> Iterator[dict[str, tuple[int, int]]]:
     """Every tile as {label: (start, stop)}, the last label fastest; the tiles at the end may be smaller."""
     ranges = [
-        [
-            (start, min(start + tiles[label], sizes[label]))
-            for start in range(0, sizes[label], tiles[label])
-        ]
+        [(start, min(start + tiles[label], sizes[label])) for start in range(0, sizes[label], tiles[label])]
         for label in labels
     ]
     for boxes in product(*ranges):

@@ -41,7 +41,9 @@ def describe_tiling(operation: Operation, tiles: Mapping[str, int], on_disk: Seq
     """What an operation costs when it is cut into these tiles; `on_disk` says which inputs are read."""
     parts = {label: ceil(operation.sizes[label] / tiles[label]) for label in tiles}
     loads = [
-        prod(operation.sizes[label] for label in labels) * operation.itemsize * _times(operation, labels, parts)
+        prod(operation.sizes[label] for label in labels)
+        * operation.itemsize
+        * _times(operation, labels, parts)
         for labels, stored in zip(operation.labels, on_disk, strict=True)
         if stored
     ]
