@@ -138,7 +138,7 @@ def exhaustive(program, devices):
                 free = partitions(shape, devices)
                 nearest = min(
                     free, key=lambda each, at=at: repartition_cost(prod(shape), each, own.required(at))
-                )  # noqa: B023
+                )
                 inputs.append(left.get(number, nearest))
             total += sum(
                 OperationPartition(operation=operation, join=join, inputs=tuple(inputs), output=output)

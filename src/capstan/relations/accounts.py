@@ -83,7 +83,12 @@ def trace_of(chosen: MemoryPlan, done: "Run", *, title: str) -> Trace:
             Phase(
                 name=f"{at + 1}: {each.name}",
                 seconds=each.seconds,
-                traffic=_traffic(each.read_bytes, each.written_bytes),
+                busy_s={
+                    "host compute": each.meter.busy_s["computed"],
+                    "disk->host": each.meter.busy_s["read"],
+                    "host->disk": each.meter.busy_s["written"],
+                },
+                traffic=_traffic(each.meter.size_bytes["read"], each.meter.size_bytes["written"]),
             )
             for at, each in enumerate(done.operations)
         ),

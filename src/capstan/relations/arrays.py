@@ -1,4 +1,4 @@
-"""NumPy arrays and torch tensors behind one handful of functions; torch is never imported for NumPy's sake."""
+"""NumPy arrays and torch tensors behind one handful of functions; torch is not imported for NumPy's sake."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -81,7 +81,7 @@ def fold(name: str) -> Callable[[Array, Array], Array]:
     def folded(left: Array, right: Array) -> Array:
         if is_torch(left) or is_torch(right):
             return getattr(sys.modules["torch"], _NUMPY_FOLDS[name].__name__)(left, right)
-        return _NUMPY_FOLDS[name](left, right)
+        return np.asarray(_NUMPY_FOLDS[name](left, right))  # of scalars it returns no array
 
     return folded
 

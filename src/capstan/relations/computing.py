@@ -122,7 +122,8 @@ def compute(
     Within `memory` (as `512MiB`) everything is in memory if that fits, each contraction one call; else it is
     cut into tiles, and what does not fit goes to the folder `scratch`, by default the output's or the
     system's for temporary files. `threads` is how many tiles are computed at once: BLAS has threads of its
-    own, so more than one pays where the disk is slow. The output appears under its name only when it is whole.
+    own, so more than one pays where the disk is slow. The output appears under its name only when it is
+    whole.
 
     Raises:
         UsageError: an option is none.

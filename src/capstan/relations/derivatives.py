@@ -113,7 +113,8 @@ def _spread_diagonal(
 ) -> tuple[str, list[tuple[str, Expression]]]:
     """Fresh names for repeated labels, tied to the first by identity matrices."""
     fresh = iter(letter for letter in string.ascii_letters if letter not in used + term)
-    target, ties = "", []
+    target = ""
+    ties: list[tuple[str, Expression]] = []
     for label in term:
         if label not in target:
             target += label

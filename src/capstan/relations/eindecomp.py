@@ -2,8 +2,8 @@
 
 For a node with join partition p and output partition q, and n parts in each,
 
-    best(node, p) = join(p) + Σ over inputs of  min over q_i of  best(input, q_i) + repartition(q_i -> p there)
-    best(node, q) = min over p of  best(node, p) + aggregation(p) + repartition(p on the output -> q)
+    best(node, p) = join(p) + Σ over inputs of  min over q_i of  best(input, q_i) + repart(q_i -> p there)
+    best(node, q) = min over p of  best(node, p) + aggregation(p) + repart(p on the output -> q)
 
 A leaf lies in any partition of n parts for nothing. A result that several operations read is decided first
 and then stays: where there is none (an expression that is a tree) the plan is optimal.
@@ -142,7 +142,8 @@ def _best_by_output(
     best: dict[Parts, _Sub] = {}
     for join in partitions(tuple(operation.sizes[label] for label in labels), num_devices):
         parts = dict(zip(labels, join, strict=True))
-        inputs, below = [], []
+        inputs: list[Parts] = []
+        below: list[OperationPartition] = []
         cost = join_cost(operation.sizes, operation.labels, parts)
         for number, names in zip(operation.inputs, operation.labels, strict=True):
             required = tuple(parts[label] for label in names)

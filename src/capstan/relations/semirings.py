@@ -13,7 +13,7 @@ from math import prod
 import numpy as np
 
 from capstan.errors import InputError, unknown_name
-from capstan.relations.arrays import Array, dtype_name, fold, fold_into, is_torch, permute, reduce
+from capstan.relations.arrays import Array, fold, fold_into, is_torch, permute, reduce
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ blocks and each piece sent to the device that holds the block, where the pieces 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import numpy as np
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 def boxes(shape: Shape, parts: Parts) -> list[Box]:
     """The blocks of a partition in row-major order. Where the parts do not divide, sizes differ by one."""
     cuts = [[size * at // count for at in range(count + 1)] for size, count in zip(shape, parts, strict=True)]
-    ranges = [list(zip(cut[:-1], cut[1:], strict=True)) for cut in cuts]
+    ranges = [list(pairwise(cut)) for cut in cuts]
     return [tuple(box) for box in product(*ranges)]
 
 

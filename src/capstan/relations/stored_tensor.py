@@ -48,7 +48,7 @@ class StoredTensor:
 
     def _read_rows(self, shape: tuple[int, ...], box: Box) -> np.ndarray:
         found = np.empty([stop - start for start, stop in box], self.dtype)
-        into = memoryview(found.reshape(-1)).cast("B")
+        into = found.reshape(-1).view(np.uint8).data
         file = os.open(self.path, os.O_RDONLY)
         try:
             for at, position, count in self._runs(shape, box):
@@ -68,7 +68,7 @@ class StoredTensor:
     def write(self, box: Box, array: np.ndarray) -> None:
         """Put `array` between (start, stop) in each dimension."""
         assert not self.is_fortran
-        source = memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+        source = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         file = os.open(self.path, os.O_WRONLY)
         try:
             for at, position, count in self._runs(self.shape, box):
@@ -145,7 +145,7 @@ def create_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Stor
         raise InputError(f"There is no folder {path.parent} for {path.name}.")
     with path.open("wb") as file:
         header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        npy.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+        npy.write_array_header_1_0(file, header)
         offset = file.tell()
         file.truncate(offset + prod(shape) * dtype.itemsize)
     return StoredTensor(path=path, shape=shape, dtype=dtype, offset=offset)

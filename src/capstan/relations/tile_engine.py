@@ -4,8 +4,10 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 from capstan.errors import DoesNotFit
 from capstan.plans import bytes_text
 from capstan.relations.arrays import Array, fold_into, is_torch, owned_copy, size_bytes
-from capstan.relations.memory_account import MemoryAccount
+from capstan.relations.memory_account import MemoryAccount, WorkMeter
 from capstan.relations.memory_plan import MemoryPlan, OperationPlan, write_block_bytes
 from capstan.relations.program import Contraction, Operation, Program
 from capstan.relations.stored_tensor import Box, StoredTensor, create_npy
@@ -27,8 +29,7 @@ class OperationTrace:
 
     name: str
     seconds: float
-    read_bytes: int
-    written_bytes: int
+    meter: WorkMeter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,22 +58,20 @@ def run(plan: MemoryPlan, *, output: Path | None, scratch: Path) -> Run:
     last, traces = program.last_uses(), []
     owned: dict[int, int] = {}
     for at, each in enumerate(plan.operations):
-        started = time.perf_counter()
+        started, meter = time.perf_counter(), WorkMeter()
         is_final = each.operation.result == program.result
         path = output if is_final and output else scratch / f"value-{each.operation.result}.npy"
         stored = _created(program, each, path) if each.is_result_on_disk else None
         if each.tiling is None:
-            read = _load_inputs(program, each.operation, values, owned, account)
-            result, written = _run_direct(each, values, stored, account)
+            _load_inputs(each.operation, values, owned, account, meter)
+            result = _run_direct(each, values, stored, account, meter)
         else:
-            result, read, written = _run_tiled(plan, each, values, stored, account)
+            result = _run_tiled(plan, each, values, stored, account, meter)
         values[each.operation.result] = result
         if not isinstance(result, StoredTensor):
             owned[each.operation.result] = size_bytes(result)
         seconds = time.perf_counter() - started
-        traces.append(
-            OperationTrace(name=each.operation.name, seconds=seconds, read_bytes=read, written_bytes=written)
-        )
+        traces.append(OperationTrace(name=each.operation.name, seconds=seconds, meter=meter))
         _release(at, last, values, owned, account, scratch)
     result = values[program.result]
     return Run(result=result, operations=tuple(traces), peak_bytes=account.peak_bytes)
@@ -113,41 +112,41 @@ def _release(
 
 
 def _load_inputs(
-    program: Program,
     operation: Operation,
     values: dict[int, Any],
     owned: dict[int, int],
     account: MemoryAccount,
-) -> int:
-    read = 0
+    meter: WorkMeter,
+) -> None:
     for number in operation.inputs:
         stored = values[number]
         if isinstance(stored, StoredTensor):
             account.add(stored.nbytes)
-            values[number] = stored.read(tuple((0, size) for size in stored.shape))
+            with meter.timing("read", stored.nbytes):
+                values[number] = stored.read(tuple((0, size) for size in stored.shape))
             owned[number] = stored.nbytes
-            read += stored.nbytes
-    return read
 
 
 def _run_direct(
-    each: OperationPlan, values: Mapping[int, Any], stored: StoredTensor | None, account: MemoryAccount
-) -> tuple[Any, int]:
+    each: OperationPlan,
+    values: Mapping[int, Any],
+    stored: StoredTensor | None,
+    account: MemoryAccount,
+    meter: WorkMeter,
+) -> Any:
     operation = each.operation
-    inputs = [
-        squeeze(values[number], dims)
-        for number, dims in zip(operation.inputs, operation.squeezed, strict=True)
-    ]
-    scratch = each.peak_bytes - each.resident_bytes
-    with account.holding(scratch):
-        result = operation.kernel(inputs)
-        if isinstance(operation.kernel, Contraction) and len(inputs) == 1:
-            result = owned_copy(result)
+    inputs = _squeezed_inputs(operation, values)
+    with account.holding(each.peak_bytes - each.resident_bytes):
+        with meter.timing("computed"):
+            result = operation.kernel(inputs)
+            if isinstance(operation.kernel, Contraction) and len(inputs) == 1:
+                result = owned_copy(result)
         if stored is not None:
-            _write_blocks(stored, result)
-            return stored, stored.nbytes
+            with meter.timing("written", stored.nbytes):
+                _write_blocks(stored, result)
+            return stored
     account.add(size_bytes(result))
-    return result, 0
+    return result
 
 
 def _write_blocks(stored: StoredTensor, result: Array) -> None:
@@ -170,25 +169,30 @@ def squeeze(value: Any, dims: tuple[int, ...]) -> Any:
     return value[tuple(0 if at in dims else slice(None) for at in range(len(value.shape)))]
 
 
+def _squeezed_inputs(operation: Operation, values: Mapping[int, Any]) -> list[Any]:
+    return [
+        squeeze(values[number], dims)
+        for number, dims in zip(operation.inputs, operation.squeezed, strict=True)
+    ]
+
+
 def _run_tiled(
     plan: MemoryPlan,
     each: OperationPlan,
     values: Mapping[int, Any],
     stored: StoredTensor | None,
     account: MemoryAccount,
-) -> tuple[Any, int, int]:
+    meter: WorkMeter,
+) -> Any:
     operation, tiling = each.operation, each.tiling
     assert tiling is not None
-    inputs = [
-        squeeze(values[number], dims)
-        for number, dims in zip(operation.inputs, operation.squeezed, strict=True)
-    ]
+    inputs = _squeezed_inputs(operation, values)
     if stored is None:
         result: Any = _empty(plan.program, operation)
         account.add(size_bytes(result))
     else:
         result = stored
-    task = _TileTask(plan.program, operation, tiling.tiles, inputs, result, account, tiling.working_bytes)
+    task = _TileTask(plan.program, operation, tiling.tiles, inputs, result, account, meter)
     with ThreadPoolExecutor(plan.num_threads, thread_name_prefix="tiles") as pool:
         waiting: set[Future[None]] = set()
         for box in _boxes(operation.output, operation.sizes, tiling.tiles):
@@ -199,7 +203,7 @@ def _run_tiled(
                     each_done.result()
         for future in waiting:
             future.result()
-    return result, task.read.held_bytes, task.written.held_bytes
+    return result
 
 
 class _TileTask:
@@ -213,46 +217,79 @@ class _TileTask:
         inputs: list[Any],
         result: Any,
         account: MemoryAccount,
-        working_bytes: int,
+        meter: WorkMeter,
     ) -> None:
         self._program, self._operation, self._tiles = program, operation, tiles
         self._inputs, self._result = inputs, result
-        self._account, self._working_bytes = account, working_bytes
-        self.read, self.written = MemoryAccount(), MemoryAccount()
+        self._account, self._meter = account, meter
 
     def __call__(self, output_box: Mapping[str, tuple[int, int]]) -> None:
         operation = self._operation
         kept: list[tuple[Box, Array] | None] = [None] * len(self._inputs)
         total: Array = None
-        with self._account.holding(self._working_bytes):
+        with ExitStack() as held:
+            slots = [held.enter_context(_Slot(self._account)) for _ in self._inputs]
+            total_slot = held.enter_context(_Slot(self._account))
             for folded_box in _boxes(operation.folded, operation.sizes, self._tiles):
                 place = {**output_box, **folded_box}
                 for at, labels in enumerate(operation.labels):
                     box = tuple(place[label] for label in labels)
-                    before = kept[at]
-                    if before is None or before[0] != box:
-                        before = kept[at] = None  # let go of the old tile before the new one is read
-                        kept[at] = (box, self._tile(self._inputs[at], box))
-                part = operation.kernel([entry[1] for entry in kept if entry is not None])
-                if total is None:
-                    total = owned_copy(part)
-                else:
-                    fold_into(operation.kernel.fold, total, part)
-            self._put(tuple(output_box[label] for label in operation.output), total)
+                    if kept[at] is None or kept[at][0] != box:  # type: ignore[index]
+                        kept[at] = None  # lets go of the old tile before the new one is read
+                        kept[at] = (box, self._tile(self._inputs[at], box, slots[at]))
+                total = self._folded(
+                    total, [entry[1] for entry in kept if entry is not None], place, total_slot
+                )
+            with self._meter.timing("written", self._written_bytes(total)):
+                self._put(tuple(output_box[label] for label in operation.output), total)
 
-    def _tile(self, value: Any, box: Box) -> Array:
+    def _tile(self, value: Any, box: Box, slot: "_Slot") -> Array:
         if not isinstance(value, StoredTensor):
             return value[tuple(slice(start, stop) for start, stop in box)]
-        tile = value.read(box)
-        self.read.add(tile.nbytes)
-        return _like(self._program, tile)
+        size = prod(stop - start for start, stop in box) * value.dtype.itemsize
+        slot.hold(size)
+        with self._meter.timing("read", size):
+            return _like(self._program, value.read(box))
+
+    def _folded(
+        self, total: Array, tiles: list[Array], place: Mapping[str, tuple[int, int]], total_slot: "_Slot"
+    ) -> Array:
+        operation = self._operation
+        sizes = {label: stop - start for label, (start, stop) in place.items()}
+        scratch = operation.kernel.scratch_bytes(sizes, operation.itemsize)
+        with self._account.holding(scratch), self._meter.timing("computed"):
+            part = operation.kernel(tiles)
+            if total is not None:
+                fold_into(operation.kernel.fold, total, part)
+                return total
+            total_slot.hold(size_bytes(part))
+            return owned_copy(part)
+
+    def _written_bytes(self, tile: Array) -> int:
+        return size_bytes(tile) if isinstance(self._result, StoredTensor) else 0
 
     def _put(self, box: Box, tile: Array) -> None:
         if isinstance(self._result, StoredTensor):
             self._result.write(box, _as_numpy(tile))
-            self.written.add(size_bytes(tile))
         else:
             self._result[tuple(slice(start, stop) for start, stop in box)] = tile
+
+
+class _Slot:
+    """Holds the size of one array at a time in an account, and nothing after the block."""
+
+    def __init__(self, account: MemoryAccount) -> None:
+        self._account, self._held = account, 0
+
+    def hold(self, size: int) -> None:
+        self._account.add(size - self._held)
+        self._held = size
+
+    def __enter__(self) -> "_Slot":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hold(0)
 
 
 def _boxes(

@@ -20,7 +20,7 @@ from capstan.relations.stored_tensor import first_of_run
 _READ_BYTES = 16 * 1024
 _CALL_BYTES = 64 * 1024
 # Smaller tiles would spend their time between kernels: what needs them is refused.
-SMALLEST_TILE = 16
+_SMALLEST_TILE = 16
 _MOST_CANDIDATES = 40_000
 
 
@@ -41,9 +41,7 @@ def describe_tiling(operation: Operation, tiles: Mapping[str, int], on_disk: Seq
     """What an operation costs when it is cut into these tiles; `on_disk` says which inputs are read."""
     parts = {label: ceil(operation.sizes[label] / tiles[label]) for label in tiles}
     loads = [
-        prod(operation.sizes[label] for label in labels)
-        * operation.itemsize
-        * _times(operation, labels, parts)
+        _elements_read(operation, labels, tiles) * operation.itemsize * _times(operation, labels, parts)
         for labels, stored in zip(operation.labels, on_disk, strict=True)
         if stored
     ]
@@ -53,6 +51,16 @@ def describe_tiling(operation: Operation, tiles: Mapping[str, int], on_disk: Seq
         read_bytes=sum(loads),
         num_calls=prod(parts.values()),
     )
+
+
+def _elements_read(operation: Operation, labels: str, tiles: Mapping[str, int]) -> int:
+    """Elements of an input's tiles; of one that names a label twice, only those on the diagonal."""
+    total = 1
+    for label in set(labels):
+        whole, rest = divmod(operation.sizes[label], tiles[label])
+        times = labels.count(label)
+        total *= whole * tiles[label] ** times + rest**times
+    return total
 
 
 def working_bytes(operation: Operation, tiles: Mapping[str, int], on_disk: Sequence[bool]) -> int:
@@ -77,7 +85,8 @@ def _times(operation: Operation, labels: str, parts: Mapping[str, int]) -> int:
 def choose_tiling(operation: Operation, budget_bytes: int, on_disk: Sequence[bool]) -> Tiling | None:
     """The tiling with the least estimated time within the budget, of those whose parts are powers of two.
 
-    None when even tiles of `SMALLEST_TILE` do not fit.
+    None when even the smallest tiles do not fit: 16, or 1 along a label that every operand and the output
+    has.
     """
     best: tuple[float, Tiling] | None = None
     for tiles in _candidates(operation):
@@ -93,8 +102,17 @@ def choose_tiling(operation: Operation, budget_bytes: int, on_disk: Sequence[boo
 def smallest_tiling(operation: Operation, on_disk: Sequence[bool]) -> Tiling:
     """The tiling that needs the least memory."""
     return describe_tiling(
-        operation, {label: min(size, SMALLEST_TILE) for label, size in _sizes(operation)}, on_disk
+        operation,
+        {label: min(size, _smallest(operation, label)) for label, size in _sizes(operation)},
+        on_disk,
     )
+
+
+def _smallest(operation: Operation, label: str) -> int:
+    is_batch = len(operation.inputs) > 1 and all(
+        label in term for term in (*operation.labels, operation.output)
+    )
+    return 1 if is_batch else _SMALLEST_TILE
 
 
 def _sizes(operation: Operation) -> list[tuple[str, int]]:
@@ -105,10 +123,10 @@ def _candidates(operation: Operation) -> list[dict[str, int]]:
     """Tile sizes per label from halving it repeatedly, thinned out where the combinations are too many."""
     names = [label for label, _ in _sizes(operation)]
     choices = []
-    for _, size in _sizes(operation):
-        tiles = [size]
-        while tiles[-1] > SMALLEST_TILE:
-            tiles.append(max(ceil(tiles[-1] / 2), SMALLEST_TILE))
+    for label, size in _sizes(operation):
+        tiles, least = [size], _smallest(operation, label)
+        while tiles[-1] > least:
+            tiles.append(max(ceil(tiles[-1] / 2), least))
         choices.append(tiles)
     while prod(map(len, choices)) > _MOST_CANDIDATES:
         longest = max(choices, key=len)
