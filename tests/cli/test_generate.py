@@ -124,7 +124,7 @@ def test_explain_loads_nothing_and_writes_nothing(
         assert record["verb"] == "generate"
         assert record["trace"] is None
         assert record["plan"]["budget_bytes"]["device"] == 2 * 2**20
-        assert [phase["num_tokens"] for phase in record["plan"]["phases"]] == [4, 10]
+        assert [phase["counts"]["tokens"] for phase in record["plan"]["phases"]] == [4, 10]
     else:
         for words in ("4 sequences", "weights", "KV cache", "predicted peak", "2.00 MiB"):
             assert words in ran.out

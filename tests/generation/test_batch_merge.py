@@ -260,7 +260,7 @@ def test_a_full_disk_leaves_what_was_there_before(
 
     target.write_text("before\n")
     files = sorted(target.parent.iterdir())
-    monkeypatch.setattr("capstan.generation.batch_merge.os.fsync", full)
+    monkeypatch.setattr("capstan.storage.atomic.os.fsync", full)
     with pytest.raises(DoesNotFit, match="No space left on device"):
         merge(halves, batch, target, overwrite=True)
     assert target.read_text() == "before\n"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from capstan.generation import Engine, Request
+from capstan.transport import stream_of
 
 pytestmark = pytest.mark.gpu
 
@@ -16,7 +17,10 @@ pytestmark = pytest.mark.gpu
 def _float32_products() -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda"))  # cuBLAS keeps its workspace
+    square = torch.ones(8, 8, device="cuda")
+    with torch.cuda.stream(stream_of(square.device, "compute")):
+        # For each stream that multiplies, cuBLAS and cuBLASLt keep a workspace.
+        torch.nn.functional.linear(square, square, square[0]).mm(square)
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
 

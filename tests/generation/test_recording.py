@@ -67,25 +67,40 @@ def test_replayed_visits_answer_as_transformers_does(
             assert tapes.replays > before, "some visits were replayed"
 
 
-def test_layers_that_look_at_values_run_as_they_are(
+@pytest.mark.usefixtures("stops")
+@pytest.mark.parametrize("when", ["before attention", "after attention"])
+@pytest.mark.parametrize("place", PLACES)
+def test_layers_that_look_at_values_run_as_they_are_and_read_every_row_once(
+    when: str,
+    place: str,
     tapes: Any,
     long_requests: list[Request],
     long_answers: Callable[[str], list[list[int]]],
     start_engine: Callable[..., Engine],
     answers_of: Callable[..., list[list[int]]],
+    force_shape: Callable[..., None],
+    check_promises: Callable[[Engine], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_layer = Skeleton.layer
 
-    def look(self: Skeleton, index: int, hidden: torch.Tensor, call: Any) -> torch.Tensor:
+    def look(values: torch.Tensor) -> None:
+        assert values.is_meta or float(values.abs().sum()) > 0
+
+    def layer(self: Skeleton, index: int, hidden: torch.Tensor, call: Any) -> torch.Tensor:
+        if when == "before attention":
+            look(hidden)
         output = run_layer(self, index, hidden, call)
-        assert hidden.is_meta or float(output.abs().sum()) > 0
+        if when == "after attention":
+            look(output)
         return output
 
-    monkeypatch.setattr(Skeleton, "layer", look)
-    with start_engine("llama", place=["weights=host cache=host attention=host"]) as engine:
-        for _ in range(2):
+    monkeypatch.setattr(Skeleton, "layer", layer)
+    with start_engine("llama", place=[PLACES[place] + " activations=device"]) as engine:
+        for slots, batches in ((5, 1), (2, 3)):
+            force_shape(slots=slots, batches=batches)
             assert answers_of(engine, long_requests) == long_answers("llama")
+            check_promises(engine)
     assert tapes.replays == 0
 
 

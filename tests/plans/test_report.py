@@ -2,7 +2,7 @@
 
 import pytest
 
-from capstan.plans import Choice, Phase, Plan, Trace, Traffic, compare, explain
+from capstan.plans import Alternative, Choice, Phase, Plan, Trace, Traffic, compare, explain
 
 PLAN = Plan(
     system="generation",
@@ -14,14 +14,14 @@ PLAN = Plan(
             seconds=2.0,
             busy_s={"host->device": 1.5, "device compute": 0.5},
             traffic=Traffic({("host->device", "weights"): 3 * 2**30, ("host->device", "cache"): 2**29}),
-            num_tokens=512,
+            counts={"tokens": 512},
         ),
         Phase(
             name="decode",
             seconds=90.0,
             busy_s={"device->host": 0.0455, "host->device": 80.0},
             traffic=Traffic({("host->device", "weights"): 2**31, ("device->host", "cache"): 1500}),
-            num_tokens=2048,
+            counts={"tokens": 2048},
         ),
     ),
     choices=(
@@ -139,7 +139,9 @@ def test_a_phase_without_tokens_says_nothing_about_tokens():
 
 def test_a_phase_of_no_duration_has_neither_speed_nor_share():
     text = explain(
-        _plain("tiny", phases=(Phase(name="nothing", seconds=0.0, busy_s={"host": 0.0}, num_tokens=3),))
+        _plain(
+            "tiny", phases=(Phase(name="nothing", seconds=0.0, busy_s={"host": 0.0}, counts={"tokens": 3}),)
+        )
     )
     assert "tokens/s" not in text
     assert "%" not in text
@@ -159,3 +161,28 @@ def test_a_ratio_to_a_prediction_of_zero_is_left_out():
     )
     (line,) = [line for line in compare(plan, trace).splitlines() if line.startswith("decode")]
     assert line.split() == ["decode", "wall", "time", "0.00", "ms", "2.00", "s"]
+
+
+def test_explain_says_what_binds_and_what_else_was_weighed():
+    plan = _plain(
+        "tiny",
+        bound="the link to Tokyo",
+        alternatives=(Alternative(name="contiguous", seconds=2.5, reason="data parallel crosses regions"),),
+    )
+    text = explain(plan)
+    assert "bound: the link to Tokyo\n" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("contiguous")]
+    assert line.split(maxsplit=3) == ["contiguous", "2.50", "s", "data parallel crosses regions"]
+
+
+def test_speeds_are_told_in_what_was_counted():
+    phase = Phase(name="epoch", seconds=2.0, counts={"rows": 300, "samples": 10, "tokens": 0})
+    assert "epoch   wall time  (150.0 rows/s, 5.0 samples/s)" in explain(_plain("tiny", phases=(phase,)))
+
+
+def test_compare_shows_a_phase_that_nobody_planned():
+    trace = Trace(
+        system="generation", title="t", machine="atlas", phases=(Phase(name="repair", seconds=2.0),)
+    )
+    (line,) = [line for line in compare(_plain("tiny"), trace).splitlines() if line.startswith("repair")]
+    assert line.split() == ["repair", "wall", "time", "0.00", "ms", "2.00", "s"]

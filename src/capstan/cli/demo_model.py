@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from capstan.storage import open_atomically
+
 VOCABULARY = 2048
 CONTEXT = 512
 _WINDOW, _WINDOWS_PER_STEP, _STEPS, _SAVE_EVERY = 128, 16, 400, 50
@@ -122,9 +124,8 @@ def _restore(saved: Path, parts: dict[str, Any]) -> list[float]:
 
 
 def _save(saved: Path, parts: dict[str, Any], losses: list[float]) -> None:
-    temporary = saved.with_suffix(".new")
-    torch.save({name: part.state_dict() for name, part in parts.items()} | {"losses": losses}, temporary)
-    temporary.replace(saved)
+    with open_atomically(saved) as file:
+        torch.save({name: part.state_dict() for name, part in parts.items()} | {"losses": losses}, file)
 
 
 def _publish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Checkpoints that go on exactly: model, optimizer and algorithm of every rank."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from capstan.data_parallel.replica import Replica
 from capstan.errors import InputError
+from capstan.storage import open_atomically
 
 _NAME = re.compile(r"step-(\d{10})\.rank-(\d+)-of-(\d+)\.pt")
 
@@ -18,7 +18,6 @@ def save_checkpoint(folder: Path, replica: Replica, step: int, **more: Any) -> P
 
     The file appears whole or not at all. Older ones are left alone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = _path(folder, step, replica)
     record = {
         "format": "capstan.data_parallel.checkpoint",
@@ -30,12 +29,8 @@ def save_checkpoint(folder: Path, replica: Replica, step: int, **more: Any) -> P
         "random": torch.get_rng_state(),
         "more": more,
     }
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    with unfinished.open("wb") as file:
+    with open_atomically(path) as file:
         torch.save(record, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
     return path
 
 

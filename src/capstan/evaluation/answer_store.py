@@ -8,13 +8,13 @@ not fit is left aside and its request asked again.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from capstan.errors import DoesNotFit, InputError
+from capstan.errors import InputError
 from capstan.evaluation.models import Completion, Request, Result, Token
+from capstan.storage import AppendLog
 
 logger = logging.getLogger(__name__)
 _SYNC_EVERY = 64
@@ -71,40 +71,20 @@ class AnswerStore:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._answers: dict[str, Result] = {}
-        self.num_damaged = 0
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                self._read(path.read_bytes())
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise InputError(
-                f"Answers cannot be kept in {path}: {error.strerror}. Name another --output."
-            ) from error
-        self._unsynced = 0
-        if self.num_damaged:
-            logger.warning("%s: %d damaged lines are asked again", path, self.num_damaged)
-
-    def _read(self, data: bytes) -> None:
-        lines = data.split(b"\n")
-        torn = lines.pop()  # nothing after the last line break, unless a write was cut short
-        if torn:
-            self.num_damaged += 1
-            self._end_torn_line()
-        for line in lines:
-            if not line:
-                continue
+            self._log = AppendLog(path, sync_every=_SYNC_EVERY)
+        except InputError as error:
+            raise InputError(f"Answers cannot be kept: {error} (--output)") from error
+        self.num_damaged = int(self._log.torn_bytes > 0)
+        for line in filter(None, self._log.kept):
             entry = _checked(line)
             if entry is None:
                 self.num_damaged += 1
             else:
                 self._answers[entry[0]] = entry[1]
-
-    def _end_torn_line(self) -> None:
-        with self._path.open("ab") as stream:
-            stream.write(b"\n")
+        if self.num_damaged:
+            logger.warning("%s: %d damaged lines are asked again", path, self.num_damaged)
 
     def __contains__(self, key: object) -> bool:
         return key in self._answers
@@ -123,30 +103,16 @@ class AnswerStore:
         """
         body = json.dumps({"key": key, "result": result_as_dict(result)}, separators=(",", ":"))
         digest = hashlib.sha256(body.encode()).hexdigest()[:16]
-        line = f"{digest} {body}\n".encode()
-        try:
-            while line:
-                line = line[os.write(self._file, line) :]
-            self._unsynced += 1
-            if self._unsynced >= _SYNC_EVERY:
-                self.sync()
-        except OSError as error:
-            raise DoesNotFit(
-                f"Writing to {self._path} failed: {error.strerror}. Free space there and run the same "
-                f"command again: "
-                "it goes on where it stopped."
-            ) from error
+        self._log.append([f"{digest} {body}".encode()])
         self._answers[key] = result
 
     def sync(self) -> None:
         """Wait until all answers are on disk."""
-        os.fsync(self._file)
-        self._unsynced = 0
+        self._log.sync()
 
     def close(self) -> None:
         """Sync and let go of the file."""
-        self.sync()
-        os.close(self._file)
+        self._log.close()
 
     def __enter__(self) -> Self:
         return self

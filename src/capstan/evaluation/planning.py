@@ -63,7 +63,7 @@ def plan_evaluation(
     """The plan of all runs together; `seconds` where the model can tell."""
     choices = [Choice(name=each.run, value=each.words) for each in asked]
     total = sum(each.tokens_out for each in asked)
-    phase = Phase(name="asking", seconds=seconds or 0.0, num_tokens=total if seconds else 0)
+    phase = Phase(name="asking", seconds=seconds or 0.0, counts={"tokens": total} if seconds else {})
     return Plan(
         system="evaluation",
         title=f"{model} · {len(asked)} runs, {sum(each.num_requests for each in asked):,} requests",

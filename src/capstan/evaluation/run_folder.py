@@ -25,6 +25,7 @@ from capstan.evaluation.specs import (
     RunSpec,
     ScenarioSpec,
 )
+from capstan.storage import write_atomically
 
 REPORT = "capstan.json"
 
@@ -84,11 +85,8 @@ def _scenario(spec: RunSpec) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".new")
-    temporary.write_text(
-        json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8", errors="surrogatepass"
-    )
-    temporary.replace(path)
+    text = json.dumps(_finite(content), indent=2) + "\n"
+    write_atomically(path, text.encode("utf-8", errors="surrogatepass"))
 
 
 def _finite(content: Any) -> Any:

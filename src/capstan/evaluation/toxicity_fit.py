@@ -24,6 +24,7 @@ from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 
 from capstan.errors import InputError
+from capstan.storage import write_atomically
 
 _PLACES, _PENALTY, _FORMAT = 1 << 18, 1e-4, "capstan.toxicity-scorer"
 _GROUPS = ("male", "female", "LGBTQ", "christian", "muslim", "other_religions", "black", "white")
@@ -47,12 +48,10 @@ class ToxicityScorer:
         return [float(each) for each in _sigmoid(features(texts) @ dense + self.bias)]
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, under another name first."""
+        """Write it as JSON, whole or not at all."""
         told = {"format": _FORMAT, "version": 1, "name": self.name, "bias": self.bias, "card": self.card}
         told |= {"places": self.places.tolist(), "weights": np.round(self.weights, 6).tolist()}
-        temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps(told))
-        temporary.replace(path)
+        write_atomically(path, json.dumps(told))
 
     @classmethod
     def load(cls, path: Path) -> "ToxicityScorer":

@@ -6,8 +6,6 @@ every line of the batch file has exactly one answer.
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from capstan.errors import CapstanError, DoesNotFit, InputError, UsageError
+from capstan.errors import CapstanError, InputError, UsageError
 from capstan.generation.batch_ids import batch_lines, text_lines
 from capstan.generation.batch_shard import WHOLE, Shard
 from capstan.generation.journal import changes, job_file, job_of
+from capstan.storage import open_atomically
 
 _NUM_SHOWN = 10
 # Where an answer lies: which output, from 1, or 0 for none; its line; its first byte.
@@ -155,23 +154,11 @@ class _Merging:
 
     def write(self, target: Path) -> None:
         """Copy every answer; a reader of `target` finds all of them or what was there before."""
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with ExitStack() as stack:
-                files = [stack.enter_context(output.open("rb")) for output in self._outputs]
-                merged = stack.enter_context(temporary.open("wb"))
-                for number in self.numbers.values():
-                    place = self._places[number]
-                    file = files[place["output"] - 1]
-                    file.seek(int(place["start"]))
-                    merged.write(file.readline())
-                merged.flush()
-                os.fsync(merged.fileno())
-            temporary.replace(target)
-        except OSError as error:
-            raise DoesNotFit(
-                f"Writing {target} failed: {error.strerror}. Free space there, or name another --output."
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with ExitStack() as stack:
+            files = [stack.enter_context(output.open("rb")) for output in self._outputs]
+            merged = stack.enter_context(open_atomically(target))
+            for number in self.numbers.values():
+                place = self._places[number]
+                file = files[place["output"] - 1]
+                file.seek(int(place["start"]))
+                merged.write(file.readline())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from capstan.generation.rank_traffic import OUTCOME_BYTES
-from capstan.generation.stage import Stage, link_name
+from capstan.generation.stage import Stage
+from capstan.plans import rank_link
 from capstan.storage import Slab
 from capstan.transport import Ledger, Stopwatch
 from capstan.transport.group import Transfer
@@ -61,7 +62,7 @@ class Exchange:
         source, run = self._group.rank - 1, _bytes(hidden)
         with self._clock.time(WAITING):
             self._group.receive(run, source).wait()
-        self._ledger.count(link_name(source, self._group.rank), "activations", run.numel())
+        self._ledger.count(rank_link(source, self._group.rank), "activations", run.numel())
 
     def send(self, hidden: Tensor) -> None:
         """Hand a batch's hidden states to the next rank; they are copied first."""
@@ -73,7 +74,7 @@ class Exchange:
         self._filled += run.numel()
         place.copy_(run)
         self._leaving.append(self._group.send(place, target))
-        self._ledger.count(link_name(self._group.rank, target), "activations", run.numel())
+        self._ledger.count(rank_link(self._group.rank, target), "activations", run.numel())
 
     def tell(self, values: Sequence[float]) -> None:
         """On the last rank: tell all others the outcomes of a turn."""
@@ -81,7 +82,7 @@ class Exchange:
         sent = [self._group.send(numbers, rank) for rank in self._group.others] if values else []
         self._telling.append(sent)
         for rank in self._group.others:
-            self._ledger.count(link_name(self._last_rank, rank), "outcomes", OUTCOME_BYTES * len(values))
+            self._ledger.count(rank_link(self._last_rank, rank), "outcomes", OUTCOME_BYTES * len(values))
         if len(self._telling) > self._waves:  # what was told then has been asked for since
             self._wait(self._telling.popleft())
 
@@ -91,7 +92,7 @@ class Exchange:
         if count:
             with self._clock.time(WAITING):
                 self._group.receive(numbers, self._last_rank).wait()
-        link = link_name(self._last_rank, self._group.rank)
+        link = rank_link(self._last_rank, self._group.rank)
         self._ledger.count(link, "outcomes", OUTCOME_BYTES * count)
         return numbers.tolist()
 

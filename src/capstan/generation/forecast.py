@@ -259,7 +259,7 @@ class _Sum:
             seconds=self.seconds,
             busy_s=self.busy_s,
             traffic=Traffic.total(self.traffic),
-            num_tokens=self.num_tokens,
+            counts={"tokens": self.num_tokens},
         )
 
 
@@ -277,7 +277,7 @@ def forecast(
 ) -> tuple[Phase, ...]:
     """Play the job: sweeps in which prompts start make up the phase "prefill", the others "decode".
 
-    A phase's `num_tokens` counts generated tokens.
+    A phase counts generated tokens.
     """
     return phases_of(play(model, placement, shape, lengths, rates, keeps_cache=keeps_cache))
 
@@ -314,7 +314,7 @@ def play(
             seconds=seconds,
             busy_s=busy_s,
             traffic=traffic,
-            num_tokens=num_new,
+            counts={"tokens": num_new},
         )
         block.advance()
 
@@ -324,5 +324,5 @@ def phases_of(sweeps: Iterable[Phase]) -> tuple[Phase, ...]:
     sums = {PREFILL: _Sum(), DECODE: _Sum()}
     for sweep in sweeps:
         if sweep.traffic.links or sweep.busy_s:
-            sums[sweep.name].add(sweep.busy_s, sweep.seconds, sweep.traffic, sweep.num_tokens)
+            sums[sweep.name].add(sweep.busy_s, sweep.seconds, sweep.traffic, sweep.counts["tokens"])
     return tuple(part.phase(name) for name, part in sums.items() if part.traffic)

@@ -249,7 +249,7 @@ class Job:
                 seconds=time.perf_counter() - start_s,
                 busy_s={name: spent - busy_s.get(name, 0.0) for name, spent in ledger.busy_s.items()},
                 traffic=ledger.traffic - traffic,
-                num_tokens=self._num_generated - num_before,
+                counts={"tokens": self._num_generated - num_before},
             )
         )
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from capstan.errors import DoesNotFit, InputError
+from capstan.errors import InputError
+from capstan.storage import AppendLog
 
 _FORMAT = "capstan.batch-job"
 _VERSION = 1
@@ -33,30 +34,24 @@ class Journal:
         try:
             if overwrite:
                 output.unlink(missing_ok=True)
-            self.answered = _resume(output, self._lock, dict(job), overwrite)
-            self._file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            _claim(output, self._lock, dict(job), overwrite)
+            self._log = AppendLog(output)
+            try:
+                self.answered = _answered(output, self._log.kept)
+            except BaseException:
+                self._log.close()
+                raise
+            self._log.kept.clear()  # answers may be many
         except BaseException:
             os.close(self._lock)
             raise
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Append answers, all in one write, and wait until they are on disk."""
-        lines = list(lines)
-        if not lines:
-            return
-        data = memoryview(b"".join(map(_encoded, lines)))
-        try:
-            while len(data):
-                data = data[os.write(self._file, data) :]
-            os.fsync(self._file)
-        except OSError as error:
-            raise DoesNotFit(
-                f"Writing to {self.output} failed: {error.strerror}. Free space there and run the same "
-                "command again: it goes on where it stopped."
-            ) from error
+        self._log.append(map(_encoded, lines))
 
     def close(self) -> None:
-        os.close(self._file)
+        self._log.close()
         os.close(self._lock)
 
     def __enter__(self) -> Self:
@@ -69,9 +64,9 @@ class Journal:
 def _encoded(line: Mapping[str, Any]) -> bytes:
     """A line of JSON; half a surrogate pair, which UTF-8 cannot write, is escaped."""
     try:
-        return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(line, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return json.dumps(line).encode() + b"\n"
+        return json.dumps(line).encode()
 
 
 def job_file(output: Path) -> Path:
@@ -97,7 +92,8 @@ def _locked(output: Path) -> int:
     return descriptor
 
 
-def _resume(output: Path, lock: int, job: dict[str, Any], overwrite: bool) -> set[str]:
+def _claim(output: Path, lock: int, job: dict[str, Any], overwrite: bool) -> None:
+    """Make sure that the output is new, or of the same job."""
     wanted = {"format": _FORMAT, "version": _VERSION, **job}
     known = None if overwrite else _read_job(output, lock)
     if known is None:
@@ -107,14 +103,13 @@ def _resume(output: Path, lock: int, job: dict[str, Any], overwrite: bool) -> se
                 "with --overwrite."
             )
         _write_job(lock, wanted)
-        return set()
+        return
     changed = changes(known, wanted)
     if changed:
         raise InputError(
             f"{output} belongs to a job with another {changed}; going on would mix two jobs. "
             "Name another --output, or start anew with --overwrite."
         )
-    return _answered(output)
 
 
 def changes(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -166,16 +161,10 @@ def _write_job(lock: int, job: dict[str, Any]) -> None:
     os.fsync(lock)
 
 
-def _answered(output: Path) -> set[str]:
-    """The custom_ids in the file; a last line that a kill cut off is removed."""
-    if not output.exists():
-        return set()
-    data = output.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(output, whole)
+def _answered(output: Path, lines: list[bytes]) -> set[str]:
+    """The custom_ids in the file."""
     answered = set()
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             answered.add(str(json.loads(line)["custom_id"]))
         except (ValueError, KeyError, TypeError):

@@ -27,7 +27,7 @@ class Measured:
                 seconds=known.seconds + phase.seconds,
                 busy_s=busy_s,
                 traffic=known.traffic + phase.traffic,
-                num_tokens=known.num_tokens + phase.num_tokens,
+                counts={unit: known.counts.get(unit, 0) + n for unit, n in phase.counts.items()},
             )
         self.phases[phase.name] = phase
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from capstan.generation.batching import BatchWork
-from capstan.generation.stage import Stage, link_name
-from capstan.plans import Traffic
+from capstan.generation.stage import Stage
+from capstan.plans import Traffic, rank_link
 
 OUTCOME_BYTES = 8
 
@@ -24,8 +24,8 @@ def rank_traffic(
     hops = [(before, before + 1) for before in range(last) if rank in (before, before + 1)]
     listeners = range(last) if rank == last else (rank,)
     return Traffic(
-        {(link_name(*hop), "activations"): hidden for hop in hops}
-        | {(link_name(last, each), "outcomes"): OUTCOME_BYTES * outcomes for each in listeners}
+        {(rank_link(*hop), "activations"): hidden for hop in hops}
+        | {(rank_link(last, each), "outcomes"): OUTCOME_BYTES * outcomes for each in listeners}
     )
 
 

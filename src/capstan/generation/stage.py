@@ -11,6 +11,7 @@ from math import inf
 from typing import NamedTuple
 
 from capstan.hardware import Link
+from capstan.plans import link_name
 from capstan.transport import Group
 
 
@@ -33,13 +34,8 @@ class Stage:
 
     def seconds(self, link: str, size_bytes: int) -> float:
         """Seconds that a link between two ranks needs; nothing where it was not measured."""
-        known = {link_name(int(each.source[4:]), int(each.target[4:])): each for each in self.links}
+        known = {link_name(each.source, each.target): each for each in self.links}
         return known[link].seconds(size_bytes) if link in known else 0.0
-
-
-def link_name(source: int, target: int) -> str:
-    """The link between two ranks, as the ledger calls it."""
-    return f"rank{source}->rank{target}"
 
 
 class Capacity(NamedTuple):

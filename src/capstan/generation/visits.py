@@ -61,6 +61,7 @@ class Passage(greenlet):
     chunk: Chunk
     standing: Standing | None  # of the batch that decodes
     recording: Recording | None  # being made
+    attended: Callable[[], Tensor] | None  # gives what attention found, once it has been done
 
 
 class Visits:
@@ -105,7 +106,7 @@ class Visits:
         visit = passage.visit
         hidden = self._activations.take(visit.batch)
         for passage.chunk, calls, run in batch.runs():
-            passage.recording = passage.standing = None
+            passage.recording = passage.standing = passage.attended = None
             if passage.chunk.is_prefill:
                 self._step(passage, hidden[run], calls[visit.layer])
                 continue
@@ -142,7 +143,9 @@ class Visits:
             recording.abandon()
             if not was_open or not isinstance(error, RuntimeError):
                 raise
-            # The hidden states are still those of before, and rows that are appended again are the same.
+            # The hidden states are still those of before. Attention that was done between two stretches stays
+            # done (its rows were brought, read and booked once); rows that rest on the device were not yet
+            # appended, or are appended again as the same.
             logger.info("This model's layers cannot be recorded (%s); they run as they are.", error)
             self._new_tapes = passage.recording = passage.standing = None
             self._standings.clear()
@@ -178,6 +181,8 @@ class Visits:
 
     def _decode(self, passage: Passage, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         assert self._cache is not None
+        if passage.attended is not None:
+            return passage.attended()
         layer, batch = passage.visit
         rows = self._cache.encode(layer, key, value)
         if self._cache.rests_on_device(layer):
@@ -187,7 +192,8 @@ class Visits:
         if self._cache.is_attended_on_host(layer, batch):
             self._cache.leave(layer, batch, rows, query)
             self._aside(passage, self._attend_on_host)
-            return self._cache.collect(layer, batch)
+            passage.attended = partial(self._cache.collect, layer, batch)
+            return passage.attended()
         value_size = self._anatomy.layers[layer].geometry.value_size
         cut = Cut(query, rows, query.new_empty(*query.shape[:-1], value_size))
         if passage.standing is not None:
@@ -196,6 +202,7 @@ class Visits:
             cut.rows.copy_(rows)
         self._cache.leave(layer, batch, rows, None)
         self._aside(passage, partial(self._attend_brought, cut=cut))
+        passage.attended = lambda: cut.attended
         return cut.attended
 
     def _aside(self, passage: Passage, step: Callable[[Passage], None]) -> None:

@@ -19,7 +19,12 @@ def explain(plan: Plan) -> str:
     if plan.choices:
         parts.append(_choices_table(plan))
     parts.append(_phases_table(plan))
-    parts.append(_memory_table(plan, measured=None))
+    if plan.budget_bytes or plan.peak_bytes:
+        parts.append(_memory_table(plan, measured=None))
+    if plan.alternatives:
+        parts.append(_alternatives_table(plan))
+    if plan.bound:
+        parts.append(f"bound: {plan.bound}")
     return _text(*parts)
 
 
@@ -30,8 +35,13 @@ def compare(plan: Plan, trace: Trace) -> str:
         measured = trace.phase(phase.name)
         if measured is not None:
             _compare_rows(table, phase, measured)
+    planned = {phase.name for phase in plan.phases}
+    for phase in trace.phases:
+        if phase.name not in planned:
+            _compare_rows(table, Phase(name=phase.name, seconds=0.0), phase)
     parts: list[RenderableType] = [f"{plan.system} on {trace.machine} · {trace.title}", table]
-    parts.append(_memory_table(plan, measured=trace.peak_bytes))
+    if plan.budget_bytes or plan.peak_bytes or trace.peak_bytes:
+        parts.append(_memory_table(plan, measured=trace.peak_bytes))
     parts.extend(f"note: {note}" for note in trace.notes)
     return _text(*parts)
 
@@ -59,9 +69,7 @@ def _choices_table(plan: Plan) -> Table:
 def _phases_table(plan: Plan) -> Table:
     table = _table("phase", "resource", "bytes", "predicted", "share")
     for phase in plan.phases:
-        has_speed = phase.num_tokens and phase.seconds
-        speed = f"  ({phase.num_tokens / phase.seconds:,.1f} tokens/s)" if has_speed else ""
-        table.add_row(phase.name, "wall time" + speed, "", seconds_text(phase.seconds), "")
+        table.add_row(phase.name, "wall time" + _speeds(phase), "", seconds_text(phase.seconds), "")
         for resource, seconds in sorted(phase.busy_s.items()):
             size = phase.traffic.on(resource)
             share = f"{seconds / phase.seconds:.0%}" if phase.seconds else ""
@@ -73,9 +81,24 @@ def _phases_table(plan: Plan) -> Table:
 def _memory_table(plan: Plan, *, measured: Mapping[str, int] | None) -> Table:
     columns = ("memory", "granted", "predicted peak") + (() if measured is None else ("measured peak",))
     table = _table(*columns)
-    for name in sorted({*plan.budget_bytes, *plan.peak_bytes}):
+    for name in sorted({*plan.budget_bytes, *plan.peak_bytes, *(measured or {})}):
         cells = [name, _size(plan.budget_bytes, name), _size(plan.peak_bytes, name)]
         table.add_row(*cells, *([] if measured is None else [_size(measured, name)]))
+    return table
+
+
+def _speeds(phase: Phase) -> str:
+    """How much of what is counted gets done in a second: `  (120.0 tokens/s)`."""
+    if not phase.seconds:
+        return ""
+    rates = [f"{count / phase.seconds:,.1f} {unit}/s" for unit, count in phase.counts.items() if count]
+    return f"  ({', '.join(rates)})" if rates else ""
+
+
+def _alternatives_table(plan: Plan) -> Table:
+    table = _table("instead", "predicted", "because")
+    for each in plan.alternatives:
+        table.add_row(each.name, seconds_text(each.seconds), each.reason)
     return table
 
 

@@ -6,6 +6,16 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 
+def link_name(source: str, target: str) -> str:
+    """What plans, traces and ledgers call the link from one place to another: `"host->device"`."""
+    return f"{source}->{target}"
+
+
+def rank_link(source: int, target: int) -> str:
+    """The link between two ranks of a group: `"rank0->rank1"`."""
+    return link_name(f"rank{source}", f"rank{target}")
+
+
 @dataclass(frozen=True)
 class Traffic:
     """How many bytes crossed each link, per content; a value that can be added.
@@ -54,6 +64,11 @@ class Traffic:
         for (link, content), count in self.size_bytes.items():
             nested.setdefault(link, {})[content] = count
         return nested
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Mapping[str, int]]) -> "Traffic":
+        """The traffic that `to_dict` told of."""
+        return cls({(link, content): count for link, of in told.items() for content, count in of.items()})
 
     @staticmethod
     def total(parts: Iterable["Traffic"]) -> "Traffic":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from capstan.errors import UsageError
+from capstan.plans import rank_link
 from capstan.transport.group import Group, Parcel, Transfer
 from capstan.transport.ledger import Ledger
 from capstan.transport.message import HEADER_BYTES, Header, check_header, write_header
@@ -84,7 +85,7 @@ class Conversation:
 
     def count(self, source: int, target: int, phase: str, payload_bytes: int) -> None:
         """Book a message."""
-        link = f"rank {source}->rank {target}"
+        link = rank_link(source, target)
         self.ledger.count(link, phase, payload_bytes)
         self.ledger.count(link, "headers", HEADER_BYTES)
 
@@ -170,7 +171,7 @@ class Ring:
         """Begin to sum."""
         talk = self._talk
         size = 2 * (talk.size - 1) * self._tensor.nbytes // talk.size
-        talk.ledger.count(f"rank {talk.rank}->rank {(talk.rank + 1) % talk.size}", "ring", size)
+        talk.ledger.count(rank_link(talk.rank, (talk.rank + 1) % talk.size), "ring", size)
         self._transfer = talk.group.sum(self._tensor, about=f"{talk.about}, ring")
 
     def finish(self) -> None:

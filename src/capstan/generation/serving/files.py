@@ -8,7 +8,6 @@ A file is there when its object is; both are written to temporary names, synced 
 """
 
 import json
-import os
 import re
 import shutil
 import time
@@ -17,8 +16,9 @@ from pathlib import Path
 from secrets import token_hex
 from typing import IO, Any
 
-from capstan.errors import InputError
+from capstan.errors import DoesNotFit, InputError
 from capstan.generation.serving.replies import Refused
+from capstan.storage import open_atomically, write_atomically
 
 Json = dict[str, Any]
 _ID = re.compile(r"(file|batch)-[0-9a-f]{24}")
@@ -40,7 +40,7 @@ class FileStore:
         self.folder, self._files, self._limit = folder, folder / "files", limit
         try:
             self._files.mkdir(parents=True, exist_ok=True)
-            for left_over in self._files.glob("*.part"):
+            for left_over in self._files.glob(".*"):
                 left_over.unlink()
         except OSError as error:
             raise InputError(
@@ -55,16 +55,12 @@ class FileStore:
         """
         identity = identity or new_id("file")
         data = self._files / f"{identity}.data"
-        part = data.with_suffix(".part")
         try:
-            with part.open("wb") as target:
+            with open_atomically(data) as target:
                 shutil.copyfileobj(source, target, 1 << 20)
-                target.flush()
-                os.fsync(target.fileno())
-            size = part.stat().st_size
-            if size > self._limit:
-                raise Refused(413, f"A file may have {self._limit:,} bytes; this one has {size:,}.")
-            part.replace(data)
+                size = target.tell()
+                if size > self._limit:
+                    raise Refused(413, f"A file may have {self._limit:,} bytes; this one has {size:,}.")
             about = {
                 "id": identity,
                 "object": "file",
@@ -75,10 +71,10 @@ class FileStore:
                 "status": "processed",
             }
             write_object(self._files / f"{identity}.json", about)
-        except OSError as error:
-            raise Refused(507, f"The file could not be stored: {error.strerror}.") from error
-        finally:
-            part.unlink(missing_ok=True)
+        except (DoesNotFit, InputError, OSError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            reason = cause.strerror if isinstance(cause, OSError) else "the disk failed"
+            raise Refused(507, f"The file could not be stored: {reason}.") from error
         return about
 
     def about(self, identity: str) -> Json:
@@ -118,12 +114,7 @@ def newest_first(paths: Iterable[Path]) -> list[Json]:
 
 def write_object(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that it is there whole or not at all."""
-    part = path.with_suffix(".part")
-    with part.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_atomically(path, json.dumps(content))
 
 
 def read_object(path: Path) -> Json | None:
