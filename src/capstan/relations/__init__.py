@@ -6,6 +6,7 @@ say what to compute; they are typed when they are built, and `evaluate` computes
 
 from capstan.relations.computing import Computed, compute, compute_with_accounts, prepare
 from capstan.relations.derivatives import gradient
+from capstan.relations.device_plan import DevicePlan, plan_for_devices
 from capstan.relations.einsum_plan import einsum_plan
 from capstan.relations.elementwise import ELEMENTWISE
 from capstan.relations.expression import Expression, add, apply, einsum, open_tensor, tensor
@@ -22,6 +23,7 @@ __all__ = [
     "ArrayMap",
     "Computed",
     "Concat",
+    "DevicePlan",
     "EinsumKernel",
     "ElementwiseKernel",
     "Expression",
@@ -45,6 +47,7 @@ __all__ = [
     "evaluate",
     "gradient",
     "open_tensor",
+    "plan_for_devices",
     "prepare",
     "tensor",
 ]

@@ -1,31 +1,35 @@
 """Plans and traces of the house, from a memory plan and from a run of it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from capstan.plans import Choice, Phase, Plan, Trace, Traffic, bytes_text
+from capstan.plans import Choice, Phase, Plan, Trace, Traffic, bytes_text, link_name
 from capstan.relations.memory_plan import MemoryPlan, OperationPlan
+from capstan.relations.rates import Rates
 
 if TYPE_CHECKING:
     from capstan.relations.tile_engine import Run
 
 SYSTEM = "relations"
 MACHINE = "this machine"
-# What planning assumes where nobody measured: one core's matrix multiply, a file in the page cache.
-PRODUCTS_PER_S = 2e10
-DISK_BYTES_PER_S = 1e9
+_READ, _WRITE = link_name("disk", "host"), link_name("host", "disk")
 
 
-def plan_of(chosen: MemoryPlan, *, title: str) -> Plan:
-    """The prediction: a phase per operation."""
+def plan_of(chosen: MemoryPlan, *, title: str, rates: Rates) -> Plan:
+    """The prediction: a phase per operation, its seconds by measured rates."""
     budget = {} if chosen.budget_bytes is None else {"host": chosen.budget_bytes}
     return Plan(
         system=SYSTEM,
         title=title,
         machine=MACHINE,
-        phases=tuple(_phase(at, each) for at, each in enumerate(chosen.operations)),
+        phases=tuple(_phase(at, each, rates) for at, each in enumerate(chosen.operations)),
         peak_bytes={"host": chosen.peak_bytes},
         budget_bytes=budget,
         choices=(_where(chosen), *(_tiles(at, each) for at, each in enumerate(chosen.operations))),
+        decision={
+            "threads": chosen.num_threads,
+            "operations": [_decision(each) for each in chosen.operations],
+        },
+        bound="every operand is read and every result written at least once; every product is computed",
     )
 
 
@@ -43,7 +47,7 @@ def _where(chosen: MemoryPlan) -> Choice:
 
 
 def _tiles(at: int, each: OperationPlan) -> Choice:
-    name = f"{at + 1}: {each.operation.name}"
+    name = _name(at, each.operation.name)
     where = "to disk" if each.is_result_on_disk else "kept in memory"
     if each.tiling is None:
         return Choice(name=name, value="whole", reason=where)
@@ -54,23 +58,41 @@ def _tiles(at: int, each: OperationPlan) -> Choice:
     )
 
 
-def _phase(at: int, each: OperationPlan) -> Phase:
-    compute_s = each.operation.num_products / PRODUCTS_PER_S
-    disk_s = (each.read_bytes + each.written_bytes) / DISK_BYTES_PER_S
+def _decision(each: OperationPlan) -> dict[str, Any]:
+    return {
+        "operation": each.operation.name,
+        "tiles": None if each.tiling is None else dict(each.tiling.tiles),
+        "result": "disk" if each.is_result_on_disk else "memory",
+        "read_bytes": each.read_bytes,
+        "written_bytes": each.written_bytes,
+        "peak_bytes": each.peak_bytes,
+    }
+
+
+def _name(at: int, name: str) -> str:
+    return f"{at + 1}: {name}"
+
+
+def _phase(at: int, each: OperationPlan, rates: Rates) -> Phase:
+    compute_s = rates.compute_s(each.operation)
+    read_s = each.read_bytes / rates.disk_bytes_per_s
+    written_s = each.written_bytes / rates.disk_bytes_per_s
     return Phase(
-        name=f"{at + 1}: {each.operation.name}",
-        seconds=compute_s + disk_s,
-        busy_s={
-            "host compute": compute_s,
-            "disk->host": each.read_bytes / DISK_BYTES_PER_S,
-            "host->disk": each.written_bytes / DISK_BYTES_PER_S,
-        },
+        name=_name(at, each.operation.name),
+        seconds=compute_s + read_s + written_s,
+        busy_s=_busy(compute_s, read_s, written_s),
         traffic=_traffic(each.read_bytes, each.written_bytes),
+        counts={"products": each.operation.num_products},
     )
 
 
+def _busy(compute_s: float, read_s: float, written_s: float) -> dict[str, float]:
+    found = {"host compute": compute_s, _READ: read_s, _WRITE: written_s}
+    return {name: seconds for name, seconds in found.items() if seconds}
+
+
 def _traffic(read_bytes: int, written_bytes: int) -> Traffic:
-    return Traffic({("disk->host", "tiles"): read_bytes, ("host->disk", "tiles"): written_bytes})
+    return Traffic({(_READ, "tiles"): read_bytes, (_WRITE, "tiles"): written_bytes})
 
 
 def trace_of(chosen: MemoryPlan, done: "Run", *, title: str) -> Trace:
@@ -81,13 +103,9 @@ def trace_of(chosen: MemoryPlan, done: "Run", *, title: str) -> Trace:
         machine=MACHINE,
         phases=tuple(
             Phase(
-                name=f"{at + 1}: {each.name}",
+                name=_name(at, each.name),
                 seconds=each.seconds,
-                busy_s={
-                    "host compute": each.meter.busy_s["computed"],
-                    "disk->host": each.meter.busy_s["read"],
-                    "host->disk": each.meter.busy_s["written"],
-                },
+                busy_s=_busy(*(each.meter.busy_s[what] for what in ("computed", "read", "written"))),
                 traffic=_traffic(each.meter.size_bytes["read"], each.meter.size_bytes["written"]),
             )
             for at, each in enumerate(done.operations)

@@ -1,7 +1,7 @@
 """From an expression to its numbers: plan under a budget, run, account."""
 
-import os
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from capstan.relations.arrays import is_torch
 from capstan.relations.expression import Expression
 from capstan.relations.memory_plan import MemoryPlan, plan_memory
 from capstan.relations.program import Program, lower
+from capstan.relations.rates import measured_rates
 from capstan.relations.stored_tensor import StoredTensor, open_npy
 from capstan.relations.tile_engine import run
+from capstan.storage import open_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,8 @@ def prepare(
     chosen = plan_memory(
         program, budget_bytes=budget, num_threads=threads, is_output_on_disk=is_output_on_disk
     )
-    return Prepared(memory_plan=chosen, plan=plan_of(chosen, title=str(expression.label)))
+    plan = plan_of(chosen, title=expression.label, rates=measured_rates(program, budget))
+    return Prepared(memory_plan=chosen, plan=plan)
 
 
 def _check_can_go_to_disk(program: Program) -> None:
@@ -90,21 +93,18 @@ def compute_with_accounts(
     if path is not None:
         _check_output(expression, path)
     prepared = prepare(expression, memory=memory, threads=threads, is_output_on_disk=path is not None)
-    home = scratch or (path.parent if path else None)
-    with tempfile.TemporaryDirectory(prefix=".capstan-relate-", dir=home) as folder:
-        # Beside the output, so that giving it its name is one rename.
-        partial = None if path is None else Path(folder) / "output.npy"
-        if path is not None and scratch is not None:
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            done = run(prepared.memory_plan, output=partial, scratch=Path(folder))
-            result = done.result
-            if path is not None and partial is not None:
-                _rename_durably(partial, path)
-                result = open_npy(path)
-        finally:
-            if partial is not None:
-                partial.unlink(missing_ok=True)
+    with ExitStack() as open_until_done:
+        home = scratch or (path.parent if path else None)
+        folder = open_until_done.enter_context(
+            tempfile.TemporaryDirectory(prefix=".capstan-relate-", dir=home)
+        )
+        unfinished = None if path is None else open_until_done.enter_context(open_atomically(path))
+        done = run(
+            prepared.memory_plan,
+            output=None if unfinished is None else Path(unfinished.name),
+            scratch=Path(folder),
+        )
+    result = done.result if path is None else open_npy(path)
     trace = trace_of(prepared.memory_plan, done, title=prepared.plan.title)
     return Computed(result=result, plan=prepared.plan, trace=trace)
 
@@ -145,9 +145,3 @@ def _check_output(expression: Expression, path: Path) -> None:
     for value in lower(expression).values:
         if isinstance(value.data, StoredTensor) and path.exists() and path.samefile(value.data.path):
             raise InputError(f"The output {path} is also an operand; name another file.")
-
-
-def _rename_durably(partial: Path, path: Path) -> None:
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
