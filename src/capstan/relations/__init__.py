@@ -2,6 +2,8 @@
 
 A `TensorRelation` maps integer keys to equally shaped tensors. Logical operators (`Join`, `Aggregation`, …)
 say what to compute; they are typed when they are built, and `evaluate` computes them the obvious way.
+`optimise` turns them into physical operators with a site, and `einsum` builds expressions that `compute` runs
+within a memory budget and `plan_for_devices` cuts over devices.
 """
 
 from capstan.relations.computing import Computed, compute, compute_with_accounts, prepare
@@ -11,9 +13,26 @@ from capstan.relations.einsum_plan import einsum_plan
 from capstan.relations.elementwise import ELEMENTWISE
 from capstan.relations.expression import Expression, add, apply, einsum, open_tensor, tensor
 from capstan.relations.kernels import ArrayMap, EinsumKernel, ElementwiseKernel, KeyFunction, KeyPredicate
+from capstan.relations.local_operators import (
+    LocalAggregate,
+    LocalConcat,
+    LocalFilter,
+    LocalJoin,
+    LocalMap,
+    LocalTile,
+)
 from capstan.relations.logical import Aggregation, Concat, Filter, Join, ReKey, Source, Tile, Transform
+from capstan.relations.optimiser import OptimisedPlan, compile_default, optimise
+from capstan.relations.physical import (
+    Broadcast,
+    Everywhere,
+    PartitionedBy,
+    Placed,
+    Shuffle,
+)
 from capstan.relations.reference import evaluate
 from capstan.relations.semirings import SEMIRINGS, Semiring
+from capstan.relations.site_engine import run_on_sites
 from capstan.relations.tensor_relation import RelationType, TensorRelation
 
 __all__ = [
@@ -21,25 +40,38 @@ __all__ = [
     "SEMIRINGS",
     "Aggregation",
     "ArrayMap",
+    "Broadcast",
     "Computed",
     "Concat",
     "DevicePlan",
     "EinsumKernel",
     "ElementwiseKernel",
+    "Everywhere",
     "Expression",
     "Filter",
     "Join",
     "KeyFunction",
     "KeyPredicate",
+    "LocalAggregate",
+    "LocalConcat",
+    "LocalFilter",
+    "LocalJoin",
+    "LocalMap",
+    "LocalTile",
+    "OptimisedPlan",
+    "PartitionedBy",
+    "Placed",
     "ReKey",
     "RelationType",
     "Semiring",
+    "Shuffle",
     "Source",
     "TensorRelation",
     "Tile",
     "Transform",
     "add",
     "apply",
+    "compile_default",
     "compute",
     "compute_with_accounts",
     "einsum",
@@ -47,7 +79,9 @@ __all__ = [
     "evaluate",
     "gradient",
     "open_tensor",
+    "optimise",
     "plan_for_devices",
     "prepare",
+    "run_on_sites",
     "tensor",
 ]

@@ -13,7 +13,7 @@ from capstan.relations.arrays import is_torch
 from capstan.relations.expression import Expression
 from capstan.relations.memory_plan import MemoryPlan, plan_memory
 from capstan.relations.program import Program, lower
-from capstan.relations.rates import measured_rates
+from capstan.relations.rates import ASSUMED, Rates, measured_rates
 from capstan.relations.stored_tensor import StoredTensor, open_npy
 from capstan.relations.tile_engine import run
 from capstan.storage import open_atomically
@@ -42,10 +42,12 @@ def prepare(
     memory: str | int | None = None,
     threads: int = 1,
     is_output_on_disk: bool = False,
+    rates: Rates | None = None,
 ) -> Prepared:
-    """Plan an expression for this machine; nothing is read but headers.
+    """Plan an expression for this machine; nothing is read but headers, and a little to learn how fast.
 
     `memory` is what may be allocated, as `512MiB` or in bytes; without it everything is done in memory.
+    Seconds are predicted by `rates`, measured where they are not given.
 
     Raises:
         UsageError: `memory` or `threads` is none.
@@ -63,7 +65,7 @@ def prepare(
     chosen = plan_memory(
         program, budget_bytes=budget, num_threads=threads, is_output_on_disk=is_output_on_disk
     )
-    plan = plan_of(chosen, title=expression.label, rates=measured_rates(program, budget))
+    plan = plan_of(chosen, title=expression.label, rates=rates or measured_rates(program, budget))
     return Prepared(memory_plan=chosen, plan=plan)
 
 
@@ -87,12 +89,15 @@ def compute_with_accounts(
     threads: int = 1,
     output: Path | str | None = None,
     scratch: Path | str | None = None,
+    rates: Rates | None = None,
 ) -> Computed:
-    """Compute an expression within `memory`; see `compute`, which returns only the result."""
+    """As `compute`, with the plan and the trace beside the result."""
     path = None if output is None else Path(output)
     if path is not None:
         _check_output(expression, path)
-    prepared = prepare(expression, memory=memory, threads=threads, is_output_on_disk=path is not None)
+    prepared = prepare(
+        expression, memory=memory, threads=threads, is_output_on_disk=path is not None, rates=rates
+    )
     with ExitStack() as open_until_done:
         home = scratch or (path.parent if path else None)
         folder = open_until_done.enter_context(
@@ -131,7 +136,7 @@ def compute(
         DoesNotFit: the memory or the disk is too small; the error names what is needed.
     """
     return compute_with_accounts(
-        expression, memory=memory, threads=threads, output=output, scratch=scratch
+        expression, memory=memory, threads=threads, output=output, scratch=scratch, rates=ASSUMED
     ).result
 
 

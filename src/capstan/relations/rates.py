@@ -46,8 +46,8 @@ def measured_rates(program: Program, budget_bytes: int | None) -> Rates:
     itemsize = program.values[program.result].itemsize
     edge = max(min(isqrt(most // (3 * itemsize)), _MOST_EDGE), 1)
     matrix = _filled(program, (edge, edge))
-    product_s, sum_s = _seconds(lambda: matrix @ matrix), _seconds(lambda: matrix + matrix)
-    del matrix
+    sum_s = _seconds(lambda: matrix + matrix)
+    product_s = sum_s if program.dtype == "bool" else _seconds(lambda: matrix @ matrix)
     stored = next((value.data for value in program.values if value.is_stored), None)
     return Rates(
         products_per_s=edge**3 / product_s,
