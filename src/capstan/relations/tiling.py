@@ -26,12 +26,13 @@ _MOST_CANDIDATES = 40_000
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """Tile sizes per label, and what follows from them."""
+    """Tile sizes per label, and what follows from them; `cost` weighs bytes, reads and calls, in bytes."""
 
     tiles: Mapping[str, int]
     working_bytes: int
     read_bytes: int
     num_calls: int
+    cost: float
 
     def __str__(self) -> str:
         return " ".join(f"{label}={size}" for label, size in self.tiles.items())
@@ -45,11 +46,19 @@ def describe_tiling(operation: Operation, tiles: Mapping[str, int], on_disk: Seq
         for labels, stored in zip(operation.labels, on_disk, strict=True)
         if stored
     ]
+    num_calls = prod(parts.values())
+    num_reads = sum(
+        _num_runs(operation, labels, tiles) * _times(operation, labels, parts)
+        for labels, stored in zip(operation.labels, on_disk, strict=True)
+        if stored
+    )
+    num_writes = _num_runs(operation, operation.output, tiles)
     return Tiling(
         tiles=dict(tiles),
         working_bytes=working_bytes(operation, tiles, on_disk),
         read_bytes=sum(loads),
-        num_calls=prod(parts.values()),
+        num_calls=num_calls,
+        cost=sum(loads) + _READ_BYTES * (num_reads + num_writes) + _CALL_BYTES * num_calls,
     )
 
 
@@ -88,15 +97,12 @@ def choose_tiling(operation: Operation, budget_bytes: int, on_disk: Sequence[boo
     None when even the smallest tiles do not fit: 16, or 1 along a label that every operand and the output
     has.
     """
-    best: tuple[float, Tiling] | None = None
-    for tiles in _candidates(operation):
-        if working_bytes(operation, tiles, on_disk) > budget_bytes:
-            continue
-        found = describe_tiling(operation, tiles, on_disk)
-        cost = _cost(operation, found, on_disk)
-        if best is None or cost < best[0]:
-            best = (cost, found)
-    return best[1] if best else None
+    fitting = (
+        describe_tiling(operation, tiles, on_disk)
+        for tiles in _candidates(operation)
+        if working_bytes(operation, tiles, on_disk) <= budget_bytes
+    )
+    return min(fitting, key=lambda each: each.cost, default=None)
 
 
 def smallest_tiling(operation: Operation, on_disk: Sequence[bool]) -> Tiling:
@@ -132,19 +138,6 @@ def _candidates(operation: Operation) -> list[dict[str, int]]:
         longest = max(choices, key=len)
         longest[1:-1] = longest[2:-1:2]
     return [dict(zip(names, tiles, strict=True)) for tiles in product(*choices)]
-
-
-def _cost(operation: Operation, tiling: Tiling, on_disk: Sequence[bool]) -> float:
-    reads = 0.0
-    for labels, stored in zip(operation.labels, on_disk, strict=True):
-        if stored:
-            reads += _num_runs(operation, labels, tiling.tiles) * _times(
-                operation,
-                labels,
-                {label: ceil(operation.sizes[label] / tile) for label, tile in tiling.tiles.items()},
-            )
-    writes = _num_runs(operation, operation.output, tiling.tiles)
-    return tiling.read_bytes + _READ_BYTES * (reads + writes) + _CALL_BYTES * tiling.num_calls
 
 
 def _num_runs(operation: Operation, labels: str, tiles: Mapping[str, int]) -> float:
