@@ -1,6 +1,7 @@
 """Training runs for test_training.py; started by world.py."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,29 +64,34 @@ def interrupted(rank: int, size: int, arguments: Any) -> dict[str, list[list[flo
 
 
 def losing(rank: int, size: int, arguments: Any) -> dict[str, Any]:
-    """The last rank is killed (9) or stopped (19) at step 3: what the others say, and after how long."""
+    """The last rank is killed, stopped or slow at step 3: what the others say."""
     model = make_model()
-    name, signal = arguments["name"], arguments["signal"]
+    name, fate = arguments["name"], arguments["fate"]
     replica = wrap(model, make_optimizer(name, model), name, bucket_bytes=900, patience_s=2)
-    started_s = 0.0
     try:
         for step in range(6):
             if step == 3:
                 dist.barrier()
-                started_s = time.monotonic()
-                if rank == size - 1 and signal == 9:
-                    os.kill(os.getpid(), 9)
                 if rank == size - 1:
-                    time.sleep(6)
-                    os._exit(3)
+                    meet(fate)
             one_step(replica, rank, step)
     except CapstanError as error:
-        return {
-            "error": f"{type(error).__name__}: {error}",
-            "step": step,
-            "waited_s": time.monotonic() - started_s,
-        }
+        return {"error": f"{type(error).__name__}: {error}", "step": step}
     return {"error": "none"}
+
+
+def meet(fate: str) -> None:
+    """Be killed, stopped, or too slow for the others' patience."""
+    if fate == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fate == "stopped":
+        if os.fork() == 0:  # ends what is stopped, when all others have found out
+            time.sleep(12)
+            os.kill(os.getppid(), signal.SIGKILL)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(8)
+    os._exit(3)
 
 
 def asynchronous(rank: int, size: int, arguments: Any) -> dict[str, Any]:
