@@ -98,9 +98,10 @@ def test_peak_memory_that_numpy_really_allocates_keeps_the_budget(tmp_path, name
     assert peak <= budget + 512 * 1024
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_resident_memory_of_a_process_stays_within_budget_and_slack(tmp_path):
     script = """
-import resource, sys
+import sys
 import numpy as np
 from capstan import relations
 from numpy.random import default_rng
@@ -109,9 +110,14 @@ folder, memory = sys.argv[1:]
 a, b = (relations.open_tensor(f"{folder}/{name}.npy") for name in "ab")
 small = relations.open_tensor(f"{folder}/small.npy")
 relations.einsum("ij,jk->ik", small, small).compute(memory="100KiB", output=f"{folder}/first.npy")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak starts again from what is resident now
+before = resident("VmRSS")
 relations.einsum("ij,jk->ik", a, b).compute(memory=memory, output=f"{folder}/c.npy", threads=2)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(resident("VmHWM") - before)
 """
     rng = np.random.default_rng(0)
     for name, shape in (("a", (1500, 2000)), ("b", (2000, 1500)), ("small", (90, 90))):
@@ -127,7 +133,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     )
     # BLAS packs into buffers of its own and the allocator keeps freed blocks: 6 MiB of slack, where the
     # operands and the result would take 33 MB.
-    assert int(done.stdout) <= budget + 6 * 2**20
+    assert budget / 4 <= int(done.stdout) <= budget + 6 * 2**20
     a, b = (np.load(tmp_path / f"{name}.npy") for name in "ab")
     # Sums of 2000 float32 products of normals: error about sqrt(2000) * 45 * 6e-8, far below 1e-2.
     assert np.allclose(np.load(tmp_path / "c.npy"), a @ b, rtol=0, atol=1e-2)

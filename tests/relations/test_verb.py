@@ -91,6 +91,7 @@ def test_semirings_and_maps(files):
         (("ij,jk->ik", "a.npy", "b.npy", "--output", "b.npy"), InputError, "also an operand"),
         (("ij,jk->ik", "a.npy", "b.npy", "--devices", "6"), UsageError, "use 4"),
         (("ij,jk->ik", "a.npy", "b.npy", "--devices", "4", "--bandwidth-mbit", "0"), UsageError, "positive"),
+        (("ij->i", "a.npy", "--output", "c.npy", "--scratch", "nowhere"), InputError, "no folder nowhere"),
         (("ij->ij", "a.npy", "--output", "c.npy", "--map", "rellu"), UsageError, "'relu'"),
     ],
 )

@@ -98,6 +98,8 @@ def compute_with_accounts(
     prepared = prepare(
         expression, memory=memory, threads=threads, is_output_on_disk=path is not None, rates=rates
     )
+    if scratch is not None and not Path(scratch).is_dir():
+        raise InputError(f"There is no folder {scratch} for results in between; make it first.")
     with ExitStack() as open_until_done:
         home = scratch or (path.parent if path else None)
         folder = open_until_done.enter_context(

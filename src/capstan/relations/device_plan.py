@@ -68,10 +68,13 @@ def _parts(each: OperationPartition) -> str:
 
 
 def _reason(each: OperationPartition) -> str:
-    contracted = any(each.parts[label] > 1 for label in each.operation.folded)
-    kept = any(each.parts[label] > 1 for label in each.operation.output)
-    how = "operands copied, results summed" if contracted and kept else ""
-    how = how or ("results summed (CPMM)" if contracted else "operands copied")
+    summed = any(each.parts[label] > 1 for label in each.operation.folded)
+    copied = any(
+        count > 1 and any(label not in labels for labels in each.operation.labels)
+        for label, count in each.parts.items()
+    )
+    words = [word for word, holds in (("operands copied", copied), ("results summed", summed)) if holds]
+    how = " and ".join(words) or "nothing copied or summed"
     costs = each.costs()
     return f"{how}; {sum(costs.values()):,} elements touched"
 
