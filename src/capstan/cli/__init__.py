@@ -9,11 +9,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from capstan.cli.allocate import allocate
 from capstan.cli.demo import demo
 from capstan.cli.evaluate import app as evaluate
 from capstan.cli.generate import generate
 from capstan.cli.merge import merge
 from capstan.cli.probe import probe
+from capstan.cli.relate import relate
 from capstan.cli.serve import serve
 from capstan.cli.train import train
 from capstan.errors import CapstanError
@@ -34,6 +36,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "merge": merge,
     "serve": serve,
+    "allocate": allocate,
+    "relate": relate,
     "demo": demo,
 }
 for _name, _verb in VERBS.items():

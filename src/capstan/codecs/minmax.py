@@ -59,8 +59,9 @@ class MinMaxUInt8(Codec):
         if values.device.type == "cpu" and not torch.isfinite(extremes[1] - extremes[0]):
             raise InputError("Only finite values, of a finite range, can be quantised. Use a cast there.")
         payload[: 2 * values.element_size()] = bytes_of(extremes)
-        scale, bottom = _scale(extremes)
-        levels = (_wide(values) * scale).round_().clamp_(max=bottom + 255).sub_(bottom)
+        scale, top = _scale(extremes)
+        # Not bottom + 255: where levels are beyond 2**24 that is another number.
+        levels = torch.minimum((_wide(values) * scale).round_(), top).sub_(top - 255)
         # By way of a wider integer: what wraps, wraps the same way on every device.
         codes = levels.clamp_(0, 255) if self.clamped else levels
         payload[HEADER_BYTES:] = codes.to(torch.int32).bitwise_and_(255).to(torch.uint8).reshape(-1)
@@ -68,8 +69,8 @@ class MinMaxUInt8(Codec):
     def _read(self, payload: Tensor, dtype: torch.dtype, out: Tensor) -> None:
         if not out.numel():
             return
-        scale, bottom = _scale(reinterpret(payload[: 2 * dtype.itemsize], dtype))
-        values = payload[HEADER_BYTES:].to(scale.dtype).add_(bottom).div_(scale)
+        scale, top = _scale(reinterpret(payload[: 2 * dtype.itemsize], dtype))
+        values = payload[HEADER_BYTES:].to(scale.dtype).add_(top - 255).div_(scale)
         out.copy_(saturating_cast(values, out.dtype).view(out.shape))
 
 
@@ -78,7 +79,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _scale(extremes: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale, and the level of code 0."""
+    """The scale, and the level of code 255."""
     low, high = _wide(extremes)
     scale = 255 / (high - low + _EPSILON)
-    return scale, torch.round(high * scale) - 255
+    return scale, torch.round(high * scale)
