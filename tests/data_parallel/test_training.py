@@ -23,7 +23,7 @@ def test_a_checkpoint_goes_on_exactly(in_world, tmp_path):
 
 @pytest.mark.parametrize("name", ["gradient_allreduce", "onebit", "decentralized"])
 def test_when_a_rank_is_killed_all_others_fail_naming_it(in_world, name):
-    found = in_world(FILE, "losing", 3, {"name": name, "signal": 9}, failing=1)
+    found = in_world(FILE, "losing", 3, {"name": name, "fate": "killed"}, failing=1)
     for each in found[:2]:
         # Of three decentralised ranks one sits out in each round, and notices in the next.
         assert each["step"] in ((3, 4) if name == "decentralized" else (3,))
@@ -32,21 +32,22 @@ def test_when_a_rank_is_killed_all_others_fail_naming_it(in_world, name):
         assert "bucket" in each["error"]
 
 
-def test_when_a_rank_is_silent_all_others_fail_within_ten_seconds_of_the_deadline(in_world):
-    found = in_world(FILE, "losing", 3, {"name": "bytegrad", "signal": 19}, failing=1)
+def test_when_a_rank_is_silent_all_others_fail_naming_it_however_long_it_stays(in_world):
+    found = in_world(FILE, "losing", 3, {"name": "bytegrad", "fate": "silent"})
     assert any(each["error"].startswith("TimeoutExpired: Rank 2 of 3 did not answer") for each in found[:2])
     for each in found[:2]:
         assert each["step"] == 3
         assert "Rank" in each["error"]
-        assert each["waited_s"] < 2 + 10
 
 
 def test_async_averaging_keeps_the_sum_and_survives_a_hundred_aborts(in_world):
     found = in_world(FILE, "asynchronous", 3, {"cycles": 100})
     before, after = (sum(each[key] for each in found) for key in ("before", "after"))
-    # Numbers below 4, changed in at least 3 rounds with two float32 roundings each, on 3 ranks; rounds
-    # are few.
-    torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+    # Every round sums three numbers, divides them, and adds the difference, on 3 ranks: five roundings of
+    # numbers below 8.
+    rounds = max(each["rounds"] for each in found)
+    assert rounds >= 3
+    torch.testing.assert_close(after, before, atol=rounds * 3 * 5 * 8 * 2.0**-24, rtol=0)
     spread = max((each["after"] - found[0]["after"]).abs().max().item() for each in found)
     assert spread < 1e-5
     assert all(torch.equal(each["averaged"], found[0]["averaged"]) for each in found)

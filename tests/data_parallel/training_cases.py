@@ -1,6 +1,7 @@
 """Training runs for test_training.py; started by world.py."""
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from capstan.data_parallel import AsyncAverage, QAdam, algorithm_from_name, load_latest, save_checkpoint, wrap
 from capstan.data_parallel.replica import Replica
 from capstan.errors import CapstanError
+from world import stay
 
 
 def make_model() -> nn.Module:
@@ -61,28 +63,21 @@ def interrupted(rank: int, size: int, arguments: Any) -> dict[str, list[list[flo
 
 
 def losing(rank: int, size: int, arguments: Any) -> dict[str, Any]:
-    """The last rank is killed (9) or stopped (19) at step 3: what the others say, and after how long."""
+    """The last rank is "killed" or falls "silent" at step 3: what the others say."""
     model = make_model()
-    name, signal = arguments["name"], arguments["signal"]
+    name, fate = arguments["name"], arguments["fate"]
     replica = wrap(model, make_optimizer(name, model), name, bucket_bytes=900, patience_s=2)
-    started_s = 0.0
     try:
         for step in range(6):
             if step == 3:
                 dist.barrier()
-                started_s = time.monotonic()
-                if rank == size - 1 and signal == 9:
-                    os.kill(os.getpid(), 9)
+                if rank == size - 1 and fate == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 if rank == size - 1:
-                    time.sleep(6)
-                    os._exit(3)
+                    stay()
             one_step(replica, rank, step)
     except CapstanError as error:
-        return {
-            "error": f"{type(error).__name__}: {error}",
-            "step": step,
-            "waited_s": time.monotonic() - started_s,
-        }
+        return {"error": f"{type(error).__name__}: {error}", "step": step}
     return {"error": "none"}
 
 
@@ -101,6 +96,7 @@ def asynchronous(rank: int, size: int, arguments: Any) -> dict[str, Any]:
         while algorithm.num_rounds < 3:
             time.sleep(0.001)
         algorithm.abort()
+        rounds = algorithm.num_rounds
         after = torch.cat([each.detach().double().reshape(-1) for each in model.parameters()])
         for step in range(arguments["cycles"]):
             algorithm.resume()
@@ -109,7 +105,7 @@ def asynchronous(rank: int, size: int, arguments: Any) -> dict[str, Any]:
         trained = torch.cat([each.detach().reshape(-1) for each in model.parameters()])
         replica.average_weights()
         averaged = torch.cat([each.detach().reshape(-1) for each in model.parameters()])
-    return {"before": before, "after": after, "trained": trained, "averaged": averaged}
+    return {"before": before, "after": after, "rounds": rounds, "trained": trained, "averaged": averaged}
 
 
 def unusual(rank: int, size: int, arguments: Any) -> dict[str, Any]:
