@@ -147,6 +147,9 @@ def in_world(warm_parent: WarmParent) -> Callable[..., list[Any]]:
                 assert time.monotonic() < until_s, "".join(rank.err for rank in ranks)
                 time.sleep(0.002)
             (folder / "end").touch()
+            for rank in ranks:
+                if rank.poll() is None and psutil.Process(rank.pid).status() == psutil.STATUS_STOPPED:
+                    rank.kill()
             codes = [rank.wait(60) for rank in ranks]
         finally:
             for rank in ranks:

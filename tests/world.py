@@ -174,10 +174,21 @@ def be_rank(file: str, function: str, rank: int, size: int, folder: str, argumen
     stay()
 
 
-def stay() -> NoReturn:
-    """What a rank calls to fall silent: it is there, but does nothing more until all others are done."""
+def _say_done() -> Path:
     folder = Path(os.environ["WORLD_FOLDER"])
     (folder / f"{os.environ['RANK']}.done").touch()
+    return folder
+
+
+def stop() -> None:
+    """What a rank calls to be stopped; it is killed when all others are done."""
+    _say_done()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stay() -> NoReturn:
+    """What a rank calls to fall silent: it is there, but does nothing more until all others are done."""
+    folder = _say_done()
     while not (folder / "end").exists():
         time.sleep(0.002)
     os._exit(0)

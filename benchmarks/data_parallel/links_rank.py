@@ -137,7 +137,7 @@ def ledger_bytes(model: nn.Module) -> int:
     """What this rank has sent."""
     if not isinstance(model, Replica):
         return 0
-    traffic, own = model.ledger.traffic, f"rank{dist.get_rank()}->"
+    traffic, own = model.ledger.traffic, f"rank {dist.get_rank()}->"
     return sum(traffic.on(link) for link in traffic.links if link.startswith(own))
 
 

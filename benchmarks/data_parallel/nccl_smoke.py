@@ -65,7 +65,7 @@ def train(name: str, device: torch.device, group: Group) -> tuple[list[float], t
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    own = f"rank{group.rank}->"
+    own = f"rank {group.rank}->"
     traffic = (state or trained).ledger.traffic
     sent = sum(traffic.on(link) for link in traffic.links if link.startswith(own))
     (state or trained).close()

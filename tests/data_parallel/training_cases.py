@@ -13,7 +13,7 @@ from torch import nn
 from capstan.data_parallel import AsyncAverage, QAdam, algorithm_from_name, load_latest, save_checkpoint, wrap
 from capstan.data_parallel.replica import Replica
 from capstan.errors import CapstanError
-from world import stay
+from world import stay, stop
 
 
 def make_model() -> nn.Module:
@@ -63,7 +63,7 @@ def interrupted(rank: int, size: int, arguments: Any) -> dict[str, list[list[flo
 
 
 def losing(rank: int, size: int, arguments: Any) -> dict[str, Any]:
-    """The last rank is "killed" or falls "silent" at step 3: what the others say."""
+    """The last rank is killed, stopped or slow at step 3: what the others say."""
     model = make_model()
     name, fate = arguments["name"], arguments["fate"]
     replica = wrap(model, make_optimizer(name, model), name, bucket_bytes=900, patience_s=2)
@@ -71,14 +71,21 @@ def losing(rank: int, size: int, arguments: Any) -> dict[str, Any]:
         for step in range(6):
             if step == 3:
                 dist.barrier()
-                if rank == size - 1 and fate == "killed":
-                    os.kill(os.getpid(), signal.SIGKILL)
                 if rank == size - 1:
-                    stay()
+                    meet(fate)
             one_step(replica, rank, step)
     except CapstanError as error:
         return {"error": f"{type(error).__name__}: {error}", "step": step}
     return {"error": "none"}
+
+
+def meet(fate: str) -> None:
+    """Be killed, stopped, or too slow for the others' patience."""
+    if fate == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fate == "stopped":
+        stop()
+    stay()
 
 
 def asynchronous(rank: int, size: int, arguments: Any) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_when_a_rank_dies_the_others_end_naming_it_and_the_same_command_goes_on(
     accounts = json.loads(told)["ranks"]
     for account in accounts:
         assert account["trace"]["bytes"] == account["plan"]["bytes"]
-    assert accounts[0]["plan"]["bytes"]["rank0->rank1"] == accounts[1]["plan"]["bytes"]["rank0->rank1"]
+    assert accounts[0]["plan"]["bytes"]["rank 0->rank 1"] == accounts[1]["plan"]["bytes"]["rank0->rank1"]
 
     monkeypatch.setenv("CAPSTAN_CACHE", environment["CAPSTAN_CACHE"])
     assert main([*command, "--output", str(alone)]) == 0

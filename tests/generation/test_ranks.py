@@ -72,7 +72,7 @@ def _check_greedy(reports: Sequence[Any], wanted: list[list[int]]) -> None:
     assert runs[-1][1] == 3
     assert all(before[1] == after[0] for before, after in pairwise(runs))
     for rank, (before, after) in enumerate(pairwise(reports)):
-        link = f"rank{rank}->rank{rank + 1}"
+        link = f"rank {rank}->rank {rank + 1}"
         assert before["counted"][link]["activations"] == after["counted"][link]["activations"] > 0
 
 

@@ -165,4 +165,4 @@ def test_what_is_of_another_type_is_no_account():
 
 def test_links_are_named_from_source_to_target():
     assert link_name("host", "device") == "host->device"
-    assert rank_link(0, 12) == "rank0->rank12"
+    assert rank_link(0, 12) == "rank 0->rank 12"

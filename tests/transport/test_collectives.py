@@ -58,7 +58,7 @@ def test_ledger_bytes_are_the_formulas(world, name):
     for rank in range(size):
         traffic = found[rank][f"{name} traffic"]
         for peer in set(range(size)) - {rank}:
-            out, back = traffic[f"rank{rank}->rank{peer}"], traffic[f"rank{peer}->rank{rank}"]
+            out, back = traffic[f"rank {rank}->rank {peer}"], traffic[f"rank {peer}->rank {rank}"]
             to_peer = sum(codec.encoded_bytes((each[peer],), torch.float32) for each in chunks)
             own = sum(codec.encoded_bytes((each[rank],), torch.float32) for each in chunks)
             assert (out["scatter"], out["gather"], out["headers"]) == (to_peer, own, 8 * HEADER_BYTES)

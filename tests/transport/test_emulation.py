@@ -32,7 +32,7 @@ with Communicator(Group(patience_s=60)) as communicator:
         values = torch.ones(1_000_000)
         communicator.submit(partial(average, values=values, coder=coder, key="a"), about="a").wait()
     seconds, crossed = time.monotonic() - start_s, sent() - before
-    own = f"rank{dist.get_rank()}->"
+    own = f"rank {dist.get_rank()}->"
     traffic = communicator.ledger.traffic
     counted = sum(traffic.on(link) for link in traffic.links if link.startswith(own))
 print(json.dumps({"seconds": seconds, "crossed": crossed, "counted": counted}), flush=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from capstan.errors import UsageError
-from capstan.transport import Conversation, Operation
+from capstan.transport import Conversation, Group, Operation
 
 if TYPE_CHECKING:
     from capstan.data_parallel.buckets import Bucket
@@ -24,6 +24,7 @@ class Algorithm:
     exchanges_gradients: ClassVar[bool] = False
 
     replica: "Replica"
+    group: Group
 
     @property
     def description(self) -> str:
@@ -33,6 +34,12 @@ class Algorithm:
     def start(self, replica: "Replica") -> None:
         """Once, when all ranks have the same weights."""
         self.replica = replica
+        self.join(replica.group)
+
+    def join(self, group: Group) -> None:
+        """Once, before anything is exchanged; all ranks call it. All that one that exchanges gradients needs
+        to know of the others, so that it works behind a hook, too."""
+        self.group = group
 
     def exchange(
         self, talk: Conversation, values: Tensor, shapes: Sequence[tuple[int, ...]], key: str

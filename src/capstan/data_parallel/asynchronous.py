@@ -14,6 +14,7 @@ from capstan.data_parallel.algorithm import Algorithm
 from capstan.errors import CapstanError, TimeoutExpired, UsageError
 from capstan.transport import Coder, Conversation, Operation
 from capstan.transport.collectives import average
+from capstan.transport.failure import FirstFailure
 
 if TYPE_CHECKING:
     from capstan.data_parallel.replica import Replica
@@ -51,7 +52,7 @@ class AsyncAverage(Algorithm):
         self._training, self._is_training = Lock(), False
         self._stopping = Event()
         self._thread: Thread | None = None
-        self._failure: BaseException | None = None
+        self._failure = FirstFailure()
 
     @property
     def description(self) -> str:
@@ -116,7 +117,7 @@ class AsyncAverage(Algorithm):
                     self._average_once()
                     self._stopping.wait(self.interval_s)
         except BaseException as error:
-            self._failure = error
+            self._failure.keep(error)
         self._stopping.set()
 
     def _all_go_on(self) -> bool:
@@ -161,9 +162,7 @@ class AsyncAverage(Algorithm):
             self._training.release()
 
     def _check(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        self._failure.check()
 
 
 def agreement(talk: Conversation, own: bool, answers: list[bool]) -> Operation:

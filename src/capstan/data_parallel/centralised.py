@@ -1,7 +1,7 @@
 """Averages of gradients over all ranks in each step, in full or in low precision."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -9,11 +9,8 @@ from capstan.codecs import codec_from_name
 from capstan.data_parallel.algorithm import Algorithm
 from capstan.data_parallel.machines import machines_of
 from capstan.errors import UsageError, unknown_name
-from capstan.transport import Coder, Conversation, Operation
+from capstan.transport import Coder, Conversation, Group, Operation
 from capstan.transport.collectives import average, average_by_machine, average_by_ring
-
-if TYPE_CHECKING:
-    from capstan.data_parallel.replica import Replica
 
 Route = Literal["direct", "machines", "ring"]
 ROUTES = ("direct", "machines", "ring")
@@ -66,16 +63,16 @@ class Centralised(Algorithm):
         if self.route == "ring":
             return average_by_ring(talk, values)
         if self.route == "machines":
-            machines = self._machines or [list(range(talk.size))]
+            assert self._machines is not None, "join() has found them"
             return average_by_machine(
-                talk, values, coder=self._coder_of(talk.rank), key=key, machines=machines
+                talk, values, coder=self._coder_of(talk.rank), key=key, machines=self._machines
             )
         return average(talk, values, coder=self._coder_of(talk.rank), key=key)
 
-    def start(self, replica: "Replica") -> None:
-        super().start(replica)
+    def join(self, group: Group) -> None:
+        super().join(group)
         if self.route == "machines" and self._machines is None:
-            self._machines = machines_of(replica.group)
+            self._machines = machines_of(group)
 
     def _coder_of(self, rank: int) -> Coder:
         if self._coder is None:
@@ -87,7 +84,7 @@ class Centralised(Algorithm):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            self._coder_of(self.replica.group.rank).load_state_dict(state)
+            self._coder_of(self.group.rank).load_state_dict(state)
 
 
 class GradientAllReduce(Centralised):

@@ -43,6 +43,7 @@ class HookState:
             raise UsageError(f"{self.algorithm.name} does more than a DDP hook can. Use wrap().")
         group = Group(process_group, device_type=device_type, patience_s=patience_s)
         device = torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else None
+        self.algorithm.join(group)
         self.communicator = Communicator(group, device=device)
 
     @property

@@ -146,7 +146,9 @@ def _probed_links(group: Group, device: torch.device) -> tuple[Link, ...]:
         group.share(None)
     measured = group.gather(own)[:-1]
     return tuple(
-        Link(source=f"rank{rank}", target=f"rank{rank + 1}", bandwidth_bytes_per_s=rate, latency_s=latency_s)
+        Link(
+            source=f"rank {rank}", target=f"rank {rank + 1}", bandwidth_bytes_per_s=rate, latency_s=latency_s
+        )
         for rank, (rate, latency_s) in enumerate(measured)
     )
 

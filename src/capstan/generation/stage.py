@@ -19,7 +19,7 @@ from capstan.transport import Group
 class Stage:
     """The layers from `first` up to, not including, `end` of `num_layers`, on this rank of the group.
 
-    `links` are those between the ranks, "rank0" to "rank1" and so on, as they were measured.
+    `links` are those between the ranks, "rank 0" to "rank 1" and so on, as they were measured.
     """
 
     group: Group

@@ -12,8 +12,8 @@ def link_name(source: str, target: str) -> str:
 
 
 def rank_link(source: int, target: int) -> str:
-    """The link between two ranks of a group: `"rank0->rank1"`."""
-    return link_name(f"rank{source}", f"rank{target}")
+    """The link between two ranks of a group: `"rank 0->rank 1"`."""
+    return link_name(f"rank {source}", f"rank {target}")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Operations are begun in the order in which they were submitted, which must be th
 communicates from another thread or from a callback.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -133,22 +132,22 @@ class Communicator:
     def result_of(self, pending: Pending) -> torch.cuda.Event | None:
         """What an operation ended with; waits as long as something moves."""
         while True:
-            progress, until_s = self._progress, time.monotonic() + 2 * self.group.patience_s
+            progress = self._progress
             try:
-                return pending.future.result(timeout=until_s - time.monotonic())
+                return pending.future.result(timeout=self.group.longest_wait_s)
             except TimeoutError:
                 if pending.future.done():
                     raise
                 if progress == self._progress:
                     raise TimeoutExpired(
-                        f"Rank {self.group.rank} waited {2 * self.group.patience_s:.0f} s for "
+                        f"Rank {self.group.rank} waited {self.group.longest_wait_s:.0f} s for "
                         f"{pending.about} and nothing moved. See what the other ranks printed last."
                     ) from None
 
     def close(self) -> None:
         """Let what was submitted end, and the thread with it."""
         self._events.put(None)
-        self._thread.join(timeout=2 * self.group.patience_s)
+        self._thread.join(timeout=self.group.longest_wait_s)
 
     def __enter__(self) -> Self:
         return self

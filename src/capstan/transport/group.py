@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from capstan.errors import DeviceError, TimeoutExpired
+from capstan.transport.liveness import GRACE_S, Liveness, Loss
 
 PATIENCE_S = 600.0
 _WORDS, _TENSORS = 1, 2  # tags: values and tensors do not meet each other on their way
 _FIRST_NUMBER = 16  # tags from here on number exchanges
 _POLL_S = 5e-5
-_GLANCE_S = 0.3  # how long to look whether a rank is still there
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -38,7 +38,7 @@ class Transfer:
 
     def __init__(self, group: "Group", work: Any, peer: int, tensor: Tensor, about: str = "") -> None:
         self._group, self._work, self._peer, self._tensor = group, work, peer, tensor
-        self._about = about
+        self._about, self._start_s = about, time.monotonic()
 
     def wait(self) -> None:
         """Block until the tensor has been taken over, or is there.
@@ -48,12 +48,15 @@ class Transfer:
             TimeoutExpired: it did not answer within the group's patience.
         """
         try:
-            if self._tensor.is_cuda:
-                self._wait_for_device()
-            else:
-                self._work.wait(timedelta(seconds=self._group.patience_s))
+            with self._group.liveness.waiting_for(self._peer):
+                if self._tensor.is_cuda:
+                    self._wait_for_device()
+                else:
+                    self._work.wait(timedelta(seconds=self._group.patience_s))
         except RuntimeError as error:
-            raise self._group.loss_of(self._peer, error, self._about) from error
+            # Every wait ends with patience at the latest; one that ends before has lost its connection.
+            has_expired = time.monotonic() - self._start_s >= self._group.patience_s
+            raise self._group.loss_of(self._peer, self._about, has_expired=has_expired) from error
 
     def _wait_for_device(self) -> None:
         """NCCL's own waits hold the device, not the host, and end the process when they expire."""
@@ -91,6 +94,7 @@ class Group:
             return dist.new_group(members, backend=backend, timeout=patience, use_local_synchronization=True)
 
         self._host = own("gloo")
+        self.liveness = Liveness(self._host.get_group_store(), self.rank)
         self._device = own("nccl") if device_type == "cuda" else None
 
     @property
@@ -100,6 +104,11 @@ class Group:
     @property
     def is_last(self) -> bool:
         return self.rank == self.size - 1
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Within this time one wait has ended, or its loss is known and named."""
+        return 2 * (self.patience_s + GRACE_S)
 
     @property
     def others(self) -> list[int]:
@@ -160,7 +169,7 @@ class Group:
             work = dist.all_reduce(tensor, group=group, async_op=True)
             return Transfer(self, work, before, tensor, about)
         except RuntimeError as error:
-            raise self.loss_of(before, error, about) from error
+            raise self.loss_of(before, about) from error
 
     def _start(
         self, start: Callable[..., Any], tensor: Tensor, end: str, peer: int, tag: int, about: str = ""
@@ -169,7 +178,7 @@ class Group:
         try:
             return Transfer(self, start(tensor, group=group, tag=tag, **{end: peer}), peer, tensor, about)
         except RuntimeError as error:
-            raise self.loss_of(peer, error, about) from error
+            raise self.loss_of(peer, about) from error
 
     # --- values ------------------------------------------------------------------------------------------
 
@@ -203,35 +212,47 @@ class Group:
 
     # --- losses ------------------------------------------------------------------------------------------
 
-    def loss_of(self, peer: int, error: RuntimeError, about: str = "") -> DeviceError | TimeoutExpired:
-        """What to raise when waiting for `peer`, `about` something, ended with `error`: names the ranks that
-        are gone.
+    def loss_of(
+        self, peer: int, about: str = "", *, has_expired: bool = False
+    ) -> DeviceError | TimeoutExpired:
+        """What to raise when a connection to `peer`, `about` something, was closed, or a wait for it has
+        expired: names the ranks that are gone or silent, and only those.
 
         After a loss the group is of no further use: a receive that was given up closes its connection.
         """
+        loss = self._loss(peer, has_expired=has_expired)
         about = f" ({about})" if about else ""
-        if "imed out" in str(error):
+        names = _names(loss.ranks)
+        if loss.kind == "silent":
             return TimeoutExpired(
-                f"Rank {peer} of {self.size} did not answer rank {self.rank} within {self.patience_s:.0f} s"
-                f"{about}. "
-                "See what it printed last, and start all ranks again."
+                f"{names} of {self.size} did not answer rank {loss.reporter} within {self.patience_s:.0f} s"
+                f"{about}. See what was printed there last, and start all ranks again."
             )
-        gone = sorted({peer, *(rank for rank in self.others if rank != peer and not self._is_there(rank))})
-        names = f"Rank {gone[0]} is" if len(gone) == 1 else f"Ranks {', '.join(map(str, gone))} are"
+        verb = "is" if len(loss.ranks) == 1 else "are"
         return DeviceError(
-            f"{names} gone, of {self.size}: the connection to rank {self.rank} was closed{about}. "
+            f"{names} {verb} gone, of {self.size}: the connection to rank {loss.reporter} was closed{about}. "
             "See what was printed there last, and start all ranks again."
         )
 
-    def _is_there(self, rank: int) -> bool:
-        """Whether a connection is open: a receive that nothing answers ends at once where it is not."""
+    def _loss(self, peer: int, *, has_expired: bool) -> Loss:
+        """Who is to blame, which is not always the rank that was waited for."""
+        own = Loss("silent" if has_expired else "gone", [peer], self.rank)
         try:
-            work = dist.irecv(torch.empty(1), group=self._host, tag=0, group_src=rank)
-            assert work is not None
-            work.wait(timedelta(seconds=_GLANCE_S))
-        except RuntimeError as error:
-            return "imed out" in str(error)
-        return True
+            stopped = self.liveness.stopped(self.others)
+            if stopped:
+                return self.liveness.agree(own._replace(ranks=stopped))
+            if has_expired:
+                return self.liveness.agree(own._replace(ranks=[self.liveness.end_of_chain(peer)]))
+            # All are alive: the one that closed its connection has itself found a loss, and will say so.
+            return self.liveness.awaited() or self.liveness.agree(own)
+        except RuntimeError:
+            # Without torchrun the store is rank 0's, and gone with it.
+            is_hosted_by_first = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            return own._replace(kind="gone", ranks=[0]) if is_hosted_by_first and not self.is_first else own
+
+
+def _names(ranks: list[int]) -> str:
+    return f"Rank {ranks[0]}" if len(ranks) == 1 else f"Ranks {', '.join(map(str, ranks))}"
 
 
 def join(device_type: str, *, patience_s: float = PATIENCE_S) -> Group | None:

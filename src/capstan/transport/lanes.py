@@ -16,6 +16,7 @@ from typing import Self
 import torch
 
 from capstan.errors import TimeoutExpired
+from capstan.transport.failure import FirstFailure
 from capstan.transport.ledger import Ledger
 from capstan.transport.stopwatch import Stopwatch
 
@@ -95,7 +96,7 @@ class Lane:
         self._device = device if self._stream is None else self._stream.device
         self.stopwatch = Stopwatch(ledger, self._device)
         self._last: Ticket | None = None
-        self._failure: BaseException | None = None
+        self._failure = FirstFailure()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"capstan {name}")
 
     def submit(
@@ -123,9 +124,7 @@ class Lane:
 
     def check(self) -> None:
         """Raise what an earlier task raised, once, also if nobody waits for that task."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        self._failure.check()
 
     def drain(self) -> None:
         """Wait until everything submitted so far has taken effect; raise, once, the first error among it."""
@@ -142,7 +141,7 @@ class Lane:
         try:
             return self._run(task, after, ready)
         except BaseException as error:
-            self._failure = self._failure or error
+            self._failure.keep(error)
             raise
 
     def _run(
