@@ -138,14 +138,18 @@ def in_world(warm_parent: WarmParent) -> Callable[..., list[Any]]:
                 )
             )
         saved = [folder / f"{rank}.pt" for rank in range(size)]
+        done = [folder / f"{rank}.done" for rank in range(size)]
         until_s = time.monotonic() + 240
         try:
             while any(
-                rank.poll() is None and not path.exists() for rank, path in zip(ranks, saved, strict=True)
+                rank.poll() is None and not path.exists() for rank, path in zip(ranks, done, strict=True)
             ):
                 assert time.monotonic() < until_s, "".join(rank.err for rank in ranks)
                 time.sleep(0.002)
             (folder / "end").touch()
+            for rank in ranks:
+                if rank.poll() is None and psutil.Process(rank.pid).status() == psutil.STATUS_STOPPED:
+                    rank.kill()
             codes = [rank.wait(60) for rank in ranks]
         finally:
             for rank in ranks:

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 # --- in the tests ----------------------------------------------------------------------------------------
 
@@ -165,13 +165,33 @@ def be_rank(file: str, function: str, rank: int, size: int, folder: str, argumen
     import torch
     import torch.distributed as dist
 
+    os.environ["WORLD_FOLDER"] = folder
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     result = getattr(_module(file), function)(rank, size, arguments)
     torch.save(result, f"{folder}/{rank}.new")
     os.rename(f"{folder}/{rank}.new", f"{folder}/{rank}.pt")
-    while not os.path.exists(f"{folder}/end"):
+    stay()
+
+
+def _say_done() -> Path:
+    folder = Path(os.environ["WORLD_FOLDER"])
+    (folder / f"{os.environ['RANK']}.done").touch()
+    return folder
+
+
+def stop() -> None:
+    """What a rank calls to be stopped; it is killed when all others are done."""
+    _say_done()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stay() -> NoReturn:
+    """What a rank calls to fall silent: it is there, but does nothing more until all others are done."""
+    folder = _say_done()
+    while not (folder / "end").exists():
         time.sleep(0.002)
+    os._exit(0)
 
 
 # --- in the parent ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import nn
 from capstan.data_parallel import AsyncAverage, QAdam, algorithm_from_name, load_latest, save_checkpoint, wrap
 from capstan.data_parallel.replica import Replica
 from capstan.errors import CapstanError
+from world import stay, stop
 
 
 def make_model() -> nn.Module:
@@ -83,13 +84,8 @@ def meet(fate: str) -> None:
     if fate == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if fate == "stopped":
-        if os.fork() == 0:  # ends what is stopped, when all others have found out
-            time.sleep(12)
-            os.kill(os.getppid(), signal.SIGKILL)
-            os._exit(0)
-        os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(8)
-    os._exit(3)
+        stop()
+    stay()
 
 
 def asynchronous(rank: int, size: int, arguments: Any) -> dict[str, Any]:
@@ -107,6 +103,7 @@ def asynchronous(rank: int, size: int, arguments: Any) -> dict[str, Any]:
         while algorithm.num_rounds < 3:
             time.sleep(0.001)
         algorithm.abort()
+        rounds = algorithm.num_rounds
         after = torch.cat([each.detach().double().reshape(-1) for each in model.parameters()])
         for step in range(arguments["cycles"]):
             algorithm.resume()
@@ -115,7 +112,7 @@ def asynchronous(rank: int, size: int, arguments: Any) -> dict[str, Any]:
         trained = torch.cat([each.detach().reshape(-1) for each in model.parameters()])
         replica.average_weights()
         averaged = torch.cat([each.detach().reshape(-1) for each in model.parameters()])
-    return {"before": before, "after": after, "trained": trained, "averaged": averaged}
+    return {"before": before, "after": after, "rounds": rounds, "trained": trained, "averaged": averaged}
 
 
 def unusual(rank: int, size: int, arguments: Any) -> dict[str, Any]:

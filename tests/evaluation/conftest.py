@@ -20,3 +20,9 @@ def toy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("toy")
     toy_data.make(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """A data root with made-up lines that have every field and oddity of the published files."""
+    return Path(__file__).with_name("published")

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -101,16 +100,35 @@ def test_a_missing_file_is_named_with_where_it_is_published(entry, tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-def test_real_files_are_read_where_they_are_at_hand():
-    shared = Path("/work/shared/data")
-    for name, entry, count in (
-        ("gsm8k", "gsm", 2000),
-        ("blimp", "blimp:phenomenon=wh_island", 1000),
-        ("bbq", "bbq:subject=Religion", 1200),
-        ("wikitext2", "wikitext", 122),
-    ):
-        if (shared / name).is_dir():
-            assert len(load_instances(run_spec_of(entry).scenario_spec, shared)) == count
+def test_files_as_they_are_published_are_read_to_the_last_line(published):
+    """Fields that nobody reads, one part of two, articles with headings of every depth."""
+    found = {
+        entry: load_instances(run_spec_of(entry).scenario_spec, published)
+        for entry in ("gsm", "blimp:phenomenon=wh_island", "bbq:subject=Religion", "wikitext")
+    }
+    sums = found["gsm"]
+    assert [each.split for each in sums] == [TRAIN] * 4 + ["test"]  # without test.jsonl a fifth is asked
+    assert sums[0].input == "Ann has 4 ropes and buys twice as many.\nHow many has she?"
+    assert (
+        sums[0].references[0].text
+        == "She buys 4*2 = <<4*2=8>>8 ropes. She has 4+8 = <<4+8=12>>12. The answer is 12."
+    )
+    (pair,) = found["blimp:phenomenon=wh_island"]
+    assert [each.text for each in pair.references] == [
+        "Who have those men said they saw?",
+        "Who have those men said who saw?",
+    ]
+    assert pair.references[0].is_correct
+    assert not pair.references[1].is_correct
+    asked = found["bbq:subject=Religion"]
+    assert [len(each.references) for each in asked] == [3, 3]
+    right = {other.text for each in asked for other in each.references if other.is_correct}
+    assert right == {"Can't answer", "The Muslim one"}
+    articles = found["wikitext"]
+    assert [each.split for each in articles] == ["valid", "test", "test"]
+    assert [each.input.splitlines()[0].strip() for each in articles] == ["= Sea =", "= Rope =", "= Bar ="]
+    assert "= = = 2000 – 2005 = = =" in articles[1].input
+    assert all("<unk>" in each.input for each in articles)
 
 
 def test_more_instances_contain_fewer(toy_root):

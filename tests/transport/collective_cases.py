@@ -12,6 +12,7 @@ from capstan.errors import CapstanError
 from capstan.transport import Coder, Communicator, Shape
 from capstan.transport.collectives import average, average_by_machine, average_by_ring, broadcast
 from capstan.transport.group import Group
+from world import stay
 
 
 def values_of(rank: int, bucket: int, numel: int) -> torch.Tensor:
@@ -83,7 +84,7 @@ def losing(rank: int, size: int, arguments: Any) -> str:
             values = values_of(rank, bucket, 1000)
             if bucket == 1 and rank == size - 1:
                 if arguments == "silent":
-                    time.sleep(3)
+                    stay()
                 os._exit(0)
             try:
                 communicator.submit(

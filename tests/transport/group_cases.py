@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from capstan.errors import CapstanError
 from capstan.transport.group import join
 
 
-def tell(fate: str) -> None:
-    """When all have heard from all, the others go away or fall silent while rank 0 waits for rank 1."""
+def tell(fate: str, end: str) -> None:
+    """When all have heard from all, the others go away or fall silent while rank 0 waits for rank 1.
+
+    Those that are silent stay until rank 0 has given up, and so has made the file `end`.
+    """
     group = join("cpu", patience_s=2.0)
     assert group is not None
     assert join("cpu", patience_s=2.0) is group
@@ -37,7 +41,8 @@ def tell(fate: str) -> None:
         except CapstanError as error:
             told["error"] = f"{type(error).__name__}: {error}"
         told["waited_s"] = time.monotonic() - started_s
-    elif fate == "silent":
-        time.sleep(3)
+        Path(end).touch()
+    while fate == "silent" and not Path(end).exists():
+        time.sleep(0.01)
     print(json.dumps(told), flush=True)
     os._exit(0)

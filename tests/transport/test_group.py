@@ -14,13 +14,16 @@ GROUP_CASES = Path(__file__).with_name("group_cases.py")
 
 @pytest.fixture(scope="module")
 def tell(
-    fork: Callable[..., Any], torchrun: Callable[[int], list[dict[str, str]]]
+    fork: Callable[..., Any],
+    torchrun: Callable[[int], list[dict[str, str]]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[int, str], list[dict[str, Any]]]:
     """`tell(size, fate)`: what so many ranks found, all but the first of which are "gone" or "silent" in the
     end."""
 
     def tell(size: int, fate: str) -> list[dict[str, Any]]:
-        ranks = [fork(GROUP_CASES, "tell", fate, environment=each) for each in torchrun(size)]
+        end = str(tmp_path_factory.mktemp("group") / "end")
+        ranks = [fork(GROUP_CASES, "tell", fate, end, environment=each) for each in torchrun(size)]
         outputs = [rank.communicate(timeout=60) for rank in ranks]
         for rank, (_, errors) in zip(ranks, outputs, strict=True):
             assert rank.returncode == 0, errors
