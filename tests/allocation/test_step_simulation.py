@@ -1,10 +1,11 @@
+import xml.etree.ElementTree as ElementTree
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capstan.allocation import Layout, StepSimulation, StepTask, simulate_step
+from capstan.allocation import Layout, StepSimulation, StepTask, gantt_svg, simulate_step
 from capstan.allocation.virtual_time import Work, simulate
 from capstan.errors import UsageError
 from capstan.hardware import Cluster
@@ -177,3 +178,20 @@ def test_a_step_that_makes_no_sense_is_refused(change: dict[str, object], messag
     }  # fmt: skip
     with pytest.raises(UsageError, match=message):
         simulate_step(network(2), chain(2), StepTask(**good | change))  # type: ignore[arg-type]
+
+
+def test_the_chart_has_a_bar_for_every_work_as_wide_as_its_time() -> None:
+    task = StepTask(
+        micro_batches=3, forward_s=[1.0] * 4, backward_s=[2.0] * 4, activation_bytes=0.5, gradient_bytes=1.0
+    )
+    found = simulate_step(network(4), Layout(groups=((0, 1), (2, 3))), task)
+    chart = ElementTree.fromstring(gantt_svg(found))
+    space = "{http://www.w3.org/2000/svg}"
+    bars = [each for each in chart.iter(f"{space}rect") if each.find(f"{space}title") is not None]
+    assert len(bars) == len(found.intervals)
+    for bar, each in zip(bars, found.intervals, strict=True):
+        # 900 units for the whole step, written to a hundredth.
+        width = (each.end_s - each.start_s) / found.seconds * 900
+        assert float(bar.get("width", "")) == pytest.approx(width, abs=0.006)
+    labels = {each.text for each in chart.iter(f"{space}text")}
+    assert {"d0", "d0->d2", "d2->d0", "d0 gradients", "forward", "backward"} <= labels

@@ -12,6 +12,7 @@ from capstan.allocation.cluster_files import read_cluster_file
 from capstan.allocation.cost import CostModel, Costs
 from capstan.allocation.evolution import Evolution, search_evolution
 from capstan.allocation.exhaustive import search_all
+from capstan.allocation.gantt import gantt_svg
 from capstan.allocation.globe import regions_on_a_globe
 from capstan.allocation.layout import Layout, contiguous, layout_to_dict, read_layout, strided
 from capstan.allocation.pair_seconds import PairSeconds, pair_seconds
@@ -35,6 +36,7 @@ __all__ = [
     "TrainingTask",
     "contiguous",
     "evaluate_layout",
+    "gantt_svg",
     "layout_to_dict",
     "pair_seconds",
     "plan_allocation",
