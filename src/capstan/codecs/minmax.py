@@ -81,5 +81,6 @@ def _wide(values: Tensor) -> Tensor:
 def _scale(extremes: Tensor) -> tuple[Tensor, Tensor]:
     """The scale, and the level of code 255."""
     low, high = _wide(extremes)
-    scale = 255 / (high - low + _EPSILON)
+    span = high - low + _EPSILON
+    scale = torch.full_like(span, 255) / span  # `255 / span` would multiply with a rounded reciprocal
     return scale, torch.round(high * scale)
