@@ -32,7 +32,8 @@ def write_record(
         "claim": claim,
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": _asked_of_git("rev-parse", "--short", "HEAD"),
+        "tree": _asked_of_git("rev-parse", "HEAD:src"),
         "machine": machine.as_dict(),
         "versions": {"python": platform.python_version()} | _versions(),
         "figures": figures,
@@ -47,10 +48,8 @@ def write_record(
     return path
 
 
-def _commit() -> str:
-    asked = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+def _asked_of_git(*words: str) -> str:
+    asked = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
     return asked.stdout.strip() or "unknown"
 
 
