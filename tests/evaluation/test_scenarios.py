@@ -142,8 +142,8 @@ def test_more_instances_contain_fewer(toy_root):
     ("entry", "words"),
     [
         ("mmlo:subject=x", "Did you mean 'mmlu'"),
-        ("mmlu", "missing 1 required"),
-        ("mmlu:subject=x,colour=red", "unexpected keyword argument 'colour'"),
+        ("mmlu", "lacks subject"),
+        ("mmlu:subject=x,colour=red", "There is no argument of mmlu 'colour'"),
         ("mmlu:subject=x,data_augmentation=canonicl", "Did you mean 'canonical'"),
         ("mmlu:nothing", "wants name=value"),
     ],

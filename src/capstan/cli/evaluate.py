@@ -16,7 +16,7 @@ from capstan.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from capstan.evaluation import Difference, Evaluated, LanguageModel, RunSpec, Scenario
-    from capstan.evaluation.planning import Asked
+    from capstan.plans import Plan, Trace
 
 app = typer.Typer(
     help="Measure a model by HELM's scenarios, and compare two evaluations instance by instance.",
@@ -53,6 +53,11 @@ UntilOption = Annotated[
 CodeOption = Annotated[
     bool, typer.Option("--allow-code-execution", help="Run programs that the model writes, with limits.")
 ]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(help="FILE:MODEL, an entry of HELM's inference_idealized_runtimes.json, or a FILE that is "
+                 "one such entry: adds the time of an ideal machine."),
+]  # fmt: skip
 ScorerOption = Annotated[
     Path | None, typer.Option("--toxicity-scorer", help="What `capstan evaluate toxicity` wrote.")
 ]
@@ -80,6 +85,7 @@ def run(
     name: NameOption = "capstan",
     hub: Annotated[bool, typer.Option("--hub", help="Ask the Hugging Face hub for missing files.")] = False,
     toxicity_scorer: ScorerOption = None,
+    runtime_profile: ProfileOption = None,
     allow_code_execution: CodeOption = False,
     explain: ExplainOption = False,
     as_json: JsonOption = False,
@@ -91,7 +97,7 @@ def run(
     Answers are kept as they come: stopped or killed, the same command goes on where it was.
     """
     from capstan.evaluation import AnswerStore, Evaluator, write_run
-    from capstan.evaluation.planning import asked_by, plan_evaluation
+    from capstan.evaluation.planning import asked_by, plan_evaluation, trace_evaluation
     from capstan.evaluation.running import prepare
     from capstan.plans import explain as explain_plan
 
@@ -102,7 +108,7 @@ def run(
     bits = {"weight_bits": weight_bits, "cache_bits": cache_bits}
     with _opened(model, backend, url=url, tokenizer=tokenizer, **memory, **bits) as opened:
         if explain:
-            asked: list[Asked] = [
+            asked = [
                 asked_by(prepare(spec, opened, root=data_root, scenario=own, uses_hub=hub), opened)
                 for spec, own in wanted
             ]
@@ -110,7 +116,7 @@ def run(
             shown = {"verb": "evaluate", "plan": plan.to_dict(), "trace": None}
             typer.echo(json.dumps(shown) if as_json else explain_plan(plan))
             return
-        resources = _resources(toxicity_scorer, data_root, allow_code_execution)
+        resources = _resources(toxicity_scorer, runtime_profile, data_root, allow_code_execution)
         with AnswerStore(output / "answers.jsonl") as store:
             if store.num_damaged:
                 errors.print(f"{store.num_damaged:,} damaged answers are asked again.")
@@ -127,7 +133,10 @@ def run(
                     evaluated = _run_until(evaluator, spec, own, width, on_answered)
                 done.append(evaluated)
                 write_run(evaluated, output / "runs" / name)
-    _show(done, output, as_json)
+        asked = [asked_by(each, opened) for each in done]
+        plan = plan_evaluation(asked, model=opened.name, machine="this machine")
+        trace = trace_evaluation(done, opened, machine="this machine")
+    _show(done, plan, trace, output, as_json)
 
 
 def _wanted(
@@ -214,7 +223,10 @@ def _opened(model: str, backend: str, **how: Any) -> Iterator["LanguageModel"]:
         yield EngineModel(engine, bits=f"weights {how['weight_bits']}, cache {how['cache_bits']}")
 
 
-def _resources(scorer: Path | None, root: Path, allow_code: bool) -> dict[str, Any]:
+def _resources(
+    scorer: Path | None, runtime_profile: str | None, root: Path, allow_code: bool
+) -> dict[str, Any]:
+    from capstan.evaluation.metrics.efficiency import read_runtime_profile
     from capstan.evaluation.toxicity_fit import ToxicityScorer
 
     targets = {}
@@ -222,15 +234,23 @@ def _resources(scorer: Path | None, root: Path, allow_code: bool) -> dict[str, A
         path = root / "bias" / f"{kind}.txt"
         targets[kind] = path.read_text().split() if path.exists() else []
     loaded = ToxicityScorer.load(scorer) if scorer is not None else None
-    return {"toxicity_scorer": loaded, "allow_code_execution": allow_code, "bias_targets": targets}
+    profile = read_runtime_profile(runtime_profile) if runtime_profile is not None else None
+    return {
+        "toxicity_scorer": loaded,
+        "allow_code_execution": allow_code,
+        "bias_targets": targets,
+        "idealised_runtime": profile,
+    }
 
 
-def _show(done: list["Evaluated"], output: Path, as_json: bool) -> None:
+def _show(done: list["Evaluated"], plan: "Plan", trace: "Trace", output: Path, as_json: bool) -> None:
     from capstan.evaluation.run_folder import report_of
 
     reports = [report_of(each) for each in done]
     if as_json:
-        typer.echo(json.dumps({"verb": "evaluate", "output": str(output), "runs": reports}, default=str))
+        accounts = {"plan": plan.to_dict(), "trace": trace.to_dict()}
+        shown = {"verb": "evaluate", "output": str(output), "runs": reports} | accounts
+        typer.echo(json.dumps(shown, default=str))
         return
     table = Table("run", "metric", "value", "95 % interval", "instances", "seconds")
     for report in reports:
@@ -298,6 +318,7 @@ def rescore(
     model: Annotated[Path, typer.Option(help="A folder with the model's tokenizer.")],
     data_root: RootOption = Path("data"),
     toxicity_scorer: ScorerOption = None,
+    runtime_profile: ProfileOption = None,
     allow_code_execution: CodeOption = False,
 ) -> None:
     """Compute the metrics of answered runs again, without the model: ours or crfm-helm's."""
@@ -305,7 +326,7 @@ def rescore(
     from capstan.evaluation.tokenizer_only import TokenizerOnly
 
     counted = TokenizerOnly(model)
-    resources = _resources(toxicity_scorer, data_root, allow_code_execution)
+    resources = _resources(toxicity_scorer, runtime_profile, data_root, allow_code_execution)
     folders = [path.parent for path in sorted(folder.rglob("scenario_state.json"))]
     if not folders:
         raise InputError(f"There is no run below {folder}: no scenario_state.json.")

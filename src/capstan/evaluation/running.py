@@ -120,7 +120,8 @@ def answer(
 def _asked(states: Mapping[str, RequestState], model: LanguageModel) -> Iterator[tuple[str, Result]]:
     """Results by key: scored choices in one pass, texts in another, then what is generated.
 
-    The seconds of a request are an equal share of its batch's, whose size stands beside.
+    The seconds of a scored request are those since the result before it, so that together they are what was
+    spent: where the model scores in batches, the first of a batch has the time of all.
     """
     kinds: dict[str, list[tuple[str, RequestState]]] = {"score": [], "rolling": [], "generate": []}
     for key, state in states.items():
@@ -132,8 +133,7 @@ def _asked(states: Mapping[str, RequestState], model: LanguageModel) -> Iterator
     for kind, results in (("score", model.score(pairs)), ("rolling", model.score_rolling(texts))):
         if kinds[kind]:
             for index, scored, seconds in _timed(results):
-                count = len(kinds[kind])
-                yield kinds[kind][index][0], _as_result(scored, seconds, count)
+                yield kinds[kind][index][0], _as_result(scored, seconds)
     requests = [
         replace(state.request, random=state.request.random or _seed(key)) for key, state in kinds["generate"]
     ]
@@ -156,15 +156,17 @@ def _seed(key: str) -> str:
 
 
 def _timed(results: Iterator[tuple[int, Scored]]) -> Iterator[tuple[int, Scored, float]]:
+    """Each result with the seconds since the one before; what the caller does with it counts for nothing."""
     start_s = time.perf_counter()
     for index, scored in results:
         yield index, scored, time.perf_counter() - start_s
+        start_s = time.perf_counter()
 
 
-def _as_result(scored: Scored, seconds: float, batch_size: int) -> Result:
+def _as_result(scored: Scored, seconds: float) -> Result:
     text = "".join(token.text for token in scored.tokens)
     completion = Completion(text=text, tokens=scored.tokens, finish_reason="length")
-    return Result(completions=(completion,), seconds=seconds, batch_size=batch_size)
+    return Result(completions=(completion,), seconds=seconds)
 
 
 def measure(

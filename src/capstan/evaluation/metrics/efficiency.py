@@ -8,10 +8,13 @@ Source: HELM, `metrics/efficiency_metrics.py`. Differs: carbon and energy of *tr
 HELM's tables mix tons and kilograms and say nothing of a local model.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from capstan.errors import InputError, unknown_name
 from capstan.evaluation.adapters import RequestState
 from capstan.evaluation.metrics.aggregation import Answered
 from capstan.evaluation.metrics.stat import Stat, stat
@@ -41,6 +44,26 @@ class RuntimeProfile:
             per_token_s=float(table["runtime_per_output_token"]),
             overhead_s=float(table.get("overhead") or 0.0),
         )
+
+
+def read_runtime_profile(told: str) -> RuntimeProfile:
+    """The profile in a file, or `FILE:MODEL`, one of several in HELM's table.
+
+    Raises:
+        InputError: there is no such file, or no profile in it.
+        UsageError: the table has no such model.
+    """
+    name, model = (told, "") if Path(told).exists() else told.rpartition(":")[::2]
+    try:
+        table = json.loads(Path(name).read_text(encoding="utf-8"))
+        if model and model not in table:
+            raise unknown_name("model in the table", model, table)
+        return RuntimeProfile.of_table(table[model] if model else table)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{told} is no profile of run times ({type(error).__name__}: {error}). Wanted FILE or FILE:MODEL "
+            "with runtime_for_prompt_tokens and runtime_per_output_token."
+        ) from error
 
 
 def efficiency_stats(run: Answered, state: RequestState) -> list[Stat]:

@@ -4,8 +4,9 @@ A run entry is written as in HELM: `mmlu:subject=anatomy,data_augmentation=canon
 `run_spec_of(entry)` makes it a run, `load_instances(spec, root)` reads what it asks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,25 @@ def run_spec_of(entry: str, *, root: Path | None = None) -> RunSpec:
     own = {key: value for key, value in args.items() if not _is_general(key)}
     if name == "raft" and scenario.data(root).exists("prompt_construction_settings.json"):
         own["instructions"] = labels.raft_settings(scenario.data(root), own.get("subset", ""))[1]
-    try:
-        spec = scenario.run_spec(**own)
-    except TypeError as error:
-        told = str(error).split(") ", 1)[-1].removeprefix("_spec() ")
-        raise UsageError(f"The run entry {entry!r} cannot be made: {told}.") from error
+    _require_arguments(entry, scenario.run_spec, own)
+    spec = scenario.run_spec(**own)
     return _adjusted(spec, {key: value for key, value in args.items() if _is_general(key)})
+
+
+def _require_arguments(entry: str, run_spec: Callable[..., RunSpec], own: Mapping[str, str]) -> None:
+    parameters = signature(run_spec).parameters.values()
+    known = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+    takes_any = len(known) < len(parameters)
+    missing = [
+        each.name
+        for each in parameters
+        if each.name in known and each.default is each.empty and each.name not in own
+    ]
+    for name in own:
+        if name not in known and not takes_any:
+            raise unknown_name(f"argument of {entry.partition(':')[0]}", name, known)
+    if missing:
+        raise UsageError(f"The run entry {entry!r} lacks {', '.join(missing)}.")
 
 
 def _is_general(key: str) -> bool:
