@@ -14,7 +14,7 @@ NAMES = [
     "cast:float8_e4m3fn",
     *(
         f"group{num_bits}:{size}{rest}"
-        for num_bits in (2, 3, 4, 8)
+        for num_bits in (2, 3, 4, 6, 8)
         for size in (64, 7)
         for rest in ("", ":stochastic", ":symmetric:bfloat16", ":symmetric:stochastic:float32:dim0")
     ),

@@ -15,7 +15,7 @@ from capstan.errors import InputError, UsageError
 
 quantisers = st.builds(
     GroupQuantised,
-    num_bits=st.sampled_from([2, 3, 4, 8]),
+    num_bits=st.integers(2, 8),
     group_size=st.integers(1, 9),
     symmetric=st.booleans(),
     rounding=st.sampled_from(["nearest", "stochastic"]),
@@ -23,7 +23,7 @@ quantisers = st.builds(
 )
 nearest_quantisers = st.builds(
     GroupQuantised,
-    num_bits=st.sampled_from([2, 3, 4, 8]),
+    num_bits=st.integers(2, 8),
     group_size=st.integers(1, 9),
     symmetric=st.booleans(),
     scale_dtype=st.sampled_from(SCALE_DTYPES),
@@ -298,3 +298,22 @@ def test_blocks_leave_no_seam(shape):
         assert torch.equal(whole.payload, torch.cat([part.payload for part in parts]))
     expected = torch.cat([codec.decode(part) for part in parts]).view(shape)
     assert torch.equal(codec.decode(whole), expected)
+
+
+@given(size=st.integers(1, 9), data=st.data())
+def test_of_one_bit_the_levels_are_the_extremes(size, data):
+    codec = GroupQuantised(num_bits=1, group_size=size, scale_dtype=torch.float32)
+    values = torch.tensor(data.draw(_singles(30000.0)))
+    packet = codec.encode(values)
+    records = _records(codec, packet.payload)
+    assert (codec.decode(packet).double() - values.double()).abs().le(_bounds(codec, records, values)).all()
+    groups = _filled(codec, values)
+    assert torch.equal(records.low.squeeze(-1), groups.amin(-1))
+    # The step is a difference rounded in float32, and then up to be sure that the grid covers the group.
+    spans = groups.amax(-1) - groups.amin(-1)
+    assert ((records.step.squeeze(-1) - spans).abs() <= 2.0**-22 * spans + 2.0**-126).all()
+
+
+def test_one_bit_has_no_symmetric_grid():
+    with pytest.raises(UsageError, match="has one level, 0. Use the codec sign"):
+        GroupQuantised(num_bits=1, symmetric=True)

@@ -32,7 +32,7 @@ codecs = st.one_of(
     ),
     st.builds(
         GroupQuantised,
-        num_bits=st.sampled_from([2, 3, 4, 8]),
+        num_bits=st.integers(2, 8),
         group_size=st.integers(1, 10**9),
         dim=st.integers(-9, 9),
         symmetric=st.booleans(),
@@ -70,7 +70,7 @@ def test_parts_with_a_default_may_be_left_out_or_written(written, canonical):
     [
         ("identiti", "identity"),
         ("grp4:64", "group4"),
-        ("group5:64", "group"),
+        ("group9:64", "group"),
         ("cast:bfloat61", "cast:bfloat16"),
         ("identity:2", "identity"),
     ],
@@ -92,7 +92,7 @@ def test_a_name_its_family_cannot_read_is_refused(wrong):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"num_bits": 5},
+        {"num_bits": 9},
         {"num_bits": 4, "group_size": 0},
         {"num_bits": 4, "rounding": "up"},
         {"num_bits": 4, "scale_dtype": torch.float64},

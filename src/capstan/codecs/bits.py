@@ -1,4 +1,4 @@
-"""Packing codes of 2, 3, 4 or 8 bits into bytes, the first code in the lowest bits.
+"""Packing codes of 1 to 8 bits into bytes, the first code in the lowest bits.
 
 Codes are moved by shifts and masks on machine words. Unpacking doubles the distance between the two halves
 of a word until every code has a byte of its own:
@@ -18,8 +18,15 @@ from capstan.codecs.elements import reinterpret
 
 
 class _Step(NamedTuple):
+    """Move the upper half of every field up by `shift`; `mask` has the halves where they are afterwards.
+
+    `upper` has the upper halves where they were, if they would run into themselves, which happens where they
+    move by less than they are wide; else it is 0, and one operation is saved.
+    """
+
     shift: int
     mask: int
+    upper: int = 0
 
 
 class _Word(NamedTuple):
@@ -31,18 +38,30 @@ class _Word(NamedTuple):
     spread: tuple[_Step, ...]
 
 
+def _long_word(num_bits: int) -> _Word:
+    """Eight codes in a word of 64 bits: one step each from 8 to 4, 2 and 1 codes a field."""
+    steps = []
+    for num_codes in (4, 2, 1):  # of a half
+        width, shift = num_codes * num_bits, num_codes * (8 - num_bits)
+        starts = range(0, 64, 16 * num_codes)
+        half = (1 << width) - 1
+        mask = sum(half << start | half << (start + 8 * num_codes) for start in starts)
+        upper = sum(half << (start + width) for start in starts) if shift < width else 0
+        steps.append(_Step(shift, mask, upper))
+    return _Word(8, num_bits, torch.int64, tuple(steps))
+
+
 _WORDS = {
+    1: _long_word(1),
     2: _Word(4, 1, torch.int32, (_Step(12, 0x000F000F), _Step(6, 0x03030303))),
-    3: _Word(
-        8,
-        3,
-        torch.int64,
-        (_Step(20, 0x00000FFF00000FFF), _Step(10, 0x003F003F003F003F), _Step(5, 0x0707070707070707)),
-    ),
+    3: _long_word(3),
     4: _Word(2, 1, torch.int16, (_Step(4, 0x0F0F),)),
+    5: _long_word(5),
+    6: _long_word(6),
+    7: _long_word(7),
 }
 
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 """The numbers of bits a code can have."""
 
 
@@ -65,7 +84,7 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
         *codes.shape[:-1], whole.shape[-1] // word.num_codes
     )
     for step, mask in _gather_steps(word):
-        packed = packed.bitwise_or(packed >> step).bitwise_and_(mask)
+        packed = _together(packed, step, mask)
     if word.num_bytes == 1:
         return packed.to(torch.uint8)
     bytes_of_words: Tensor = packed.view(torch.uint8).unflatten(-1, (-1, packed.element_size()))
@@ -78,15 +97,29 @@ def unpack(packed: Tensor, num_codes: int, num_bits: int) -> Tensor:
         return packed
     word = _WORDS[num_bits]
     codes = _load_words(packed, word)
-    for shift, mask in word.spread:
-        codes = codes.bitwise_or_(codes << shift).bitwise_and_(mask)
+    for step in word.spread:
+        codes = _apart(codes, step)
     return codes.view(torch.uint8)[..., :num_codes]
 
 
-def _gather_steps(word: _Word) -> list[_Step]:
+def _apart(codes: Tensor, step: _Step) -> Tensor:
+    if not step.upper:
+        return codes.bitwise_or_(codes << step.shift).bitwise_and_(step.mask)
+    moved = codes & step.upper
+    return codes.bitwise_xor_(moved).bitwise_or_(moved << step.shift)
+
+
+def _together(packed: Tensor, step: _Step, mask: int) -> Tensor:
+    if not step.upper:
+        return packed.bitwise_or(packed >> step.shift).bitwise_and_(mask)
+    moved = packed & (step.upper << step.shift)
+    return packed.bitwise_xor(moved).bitwise_or_(moved >> step.shift)
+
+
+def _gather_steps(word: _Word) -> list[tuple[_Step, int]]:
     """The steps of `spread` backwards; each mask keeps what was together before the step that split it."""
     masks = [2 ** (8 * word.num_bytes) - 1, *(step.mask for step in word.spread[:-1])]
-    return [_Step(step.shift, mask) for step, mask in zip(word.spread, masks, strict=True)][::-1]
+    return [*zip(word.spread, masks, strict=True)][::-1]
 
 
 def _whole_words(codes: Tensor, num_codes: int) -> Tensor:

@@ -23,7 +23,7 @@ from capstan.errors import InputError, UsageError
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _NAME = re.compile(
-    r"group(?P<num_bits>[2348])"
+    r"group(?P<num_bits>[1-8])"
     r"(:(?P<group_size>[0-9]{1,18}))?"
     r"(:(?P<symmetric>symmetric))?"
     r"(:(?P<rounding>nearest|stochastic))?"
@@ -104,6 +104,8 @@ class GroupQuantised(Codec):
     def __post_init__(self) -> None:
         if self.num_bits not in bits.WIDTHS:
             raise UsageError(f"num_bits must be one of {bits.WIDTHS}, found {self.num_bits}.")
+        if self.num_bits == 1 and self.symmetric:
+            raise UsageError("Of 1 bit a symmetric grid has one level, 0. Use the codec sign, or 2 bits.")
         if self.group_size < 1:
             raise UsageError(f"group_size must be at least 1, found {self.group_size}.")
         if self.rounding not in ("nearest", "stochastic"):
@@ -173,9 +175,10 @@ class GroupQuantised(Codec):
 
     @property
     def _group_scratch_bytes(self) -> int:
-        # An element: 4 for the value, 1 each for the code and its shifted copy, both up to a word of 8 codes.
-        # A group: its two stored numbers cut out, aligned and in float32, 8 each.
-        return 6 * (self.group_size + 7) + 24
+        # An element: 4 for the value, 1 each for the code and its shifted copy, both up to a word of 8 codes,
+        # and for the widths whose halves move by less than they are wide one for what moves. A group: its two
+        # stored numbers cut out, aligned and in float32, 8 each.
+        return (7 if self.num_bits in (5, 6, 7) else 6) * (self.group_size + 7) + 24
 
     def _groups_per_block(self, scratch_bytes: int) -> int:
         return max(1, scratch_bytes // self._group_scratch_bytes)

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 FAMILIES = {
     "identity": ("capstan.codecs.identity", "Identity"),
     "cast": ("capstan.codecs.casts", "Cast"),
+    "group1": ("capstan.codecs.groups", "GroupQuantised"),
     "group2": ("capstan.codecs.groups", "GroupQuantised"),
     "group3": ("capstan.codecs.groups", "GroupQuantised"),
     "group4": ("capstan.codecs.groups", "GroupQuantised"),
+    "group5": ("capstan.codecs.groups", "GroupQuantised"),
+    "group6": ("capstan.codecs.groups", "GroupQuantised"),
+    "group7": ("capstan.codecs.groups", "GroupQuantised"),
     "group8": ("capstan.codecs.groups", "GroupQuantised"),
     "minmax8": ("capstan.codecs.minmax", "MinMaxUInt8"),
     "sign": ("capstan.codecs.sign", "Sign"),
