@@ -71,7 +71,7 @@ def train(rank: int, size: int, name: str) -> dict[str, Any]:
             seen.append(weights_of(model))
         state = replica.algorithm_state()
         order = state["order"]
-        replicas = state["state"].get("replicas")
+        replicas = {end: state["state"].get(end, {}).get("held") for end in ("own", "left", "right")}
         num_buckets = len(replica.gradient_buckets())
     return {"weights": torch.stack(seen), "order": order, "replicas": replicas, "buckets": num_buckets}
 

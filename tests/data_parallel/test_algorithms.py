@@ -337,9 +337,10 @@ def test_neighbours_replicas_are_the_rank_itself_bit_for_bit(trained):
     size, found = trained
     replicas = [each["low_precision_decentralized"]["replicas"] for each in found]
     for rank in range(size):
-        for at, (own, _, _) in enumerate(replicas[rank]):
-            assert torch.equal(own, replicas[(rank + 1) % size][at][1])
-            assert torch.equal(own, replicas[(rank - 1) % size][at][2])
+        assert len(replicas[rank]["own"]) > 1
+        for key, own in replicas[rank]["own"].items():
+            assert torch.equal(own, replicas[(rank + 1) % size]["left"][key])
+            assert torch.equal(own, replicas[(rank - 1) % size]["right"][key])
 
 
 def test_qadam_that_never_ends_its_warm_up_is_torchs_adam(trained):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from capstan.codecs import codec_from_name
+from capstan.codecs import Compressor, codec_from_name
 from capstan.errors import CapstanError
-from capstan.transport import Coder, Communicator, Shape
+from capstan.transport import Communicator, Shape
 from capstan.transport.collectives import average, average_by_machine, average_by_ring, broadcast
 from capstan.transport.group import Group
 from world import stay
@@ -24,13 +24,13 @@ def averages(rank: int, size: int, arguments: Any) -> Any:
     found: dict[str, Any] = {}
     group = Group(patience_s=30)
     for name in arguments["codecs"]:
-        coder = Coder(codec_from_name(name), salt=rank)
+        compressor = Compressor(codec_from_name(name), salt=rank)
         with Communicator(group) as communicator:
             buckets = [values_of(rank, at, numel) for at, numel in enumerate(arguments["sizes"])]
             waiting = [
                 communicator.submit(
-                    lambda talk, at=at, values=values, coder=coder: average(
-                        talk, values, coder=coder, key=f"bucket {at}"
+                    lambda talk, at=at, values=values, compressor=compressor: average(
+                        talk, values, compressor=compressor, key=f"bucket {at}"
                     ),
                     about=f"bucket {at}",
                 )
@@ -44,10 +44,10 @@ def averages(rank: int, size: int, arguments: Any) -> Any:
     with Communicator(group) as communicator:
         for name in ("identity", "group8:512:float32"):
             values = values_of(rank, 0, 1000)
-            coder = Coder(codec_from_name(name), salt=rank)
+            compressor = Compressor(codec_from_name(name), salt=rank)
             communicator.submit(
-                lambda talk, values=values, coder=coder: average_by_machine(
-                    talk, values, coder=coder, key="a", machines=machines
+                lambda talk, values=values, compressor=compressor: average_by_machine(
+                    talk, values, compressor=compressor, key="a", machines=machines
                 ),
                 about="machines",
             ).wait()
@@ -69,17 +69,19 @@ def shaped(rank: int, size: int, arguments: Any) -> Any:
     shape = Shape(bandwidth_bytes_per_s=arguments["rate"], latency_s=arguments["latency"])
     with Communicator(Group(patience_s=30), shape=shape) as communicator:
         values = values_of(rank, 0, arguments["numel"])
-        coder = Coder(codec_from_name("identity"))
+        compressor = Compressor(codec_from_name("identity"))
         dist.barrier()
         start_s = time.monotonic()
-        communicator.submit(lambda talk: average(talk, values, coder=coder, key="a"), about="a").wait()
+        communicator.submit(
+            lambda talk: average(talk, values, compressor=compressor, key="a"), about="a"
+        ).wait()
         return time.monotonic() - start_s
 
 
 def losing(rank: int, size: int, arguments: Any) -> str:
     """The last rank goes away or falls silent before the second bucket: what the others say."""
     with Communicator(Group(patience_s=2)) as communicator:
-        coder = Coder(codec_from_name("identity"))
+        compressor = Compressor(codec_from_name("identity"))
         for bucket in range(2):
             values = values_of(rank, bucket, 1000)
             if bucket == 1 and rank == size - 1:
@@ -89,7 +91,7 @@ def losing(rank: int, size: int, arguments: Any) -> str:
             try:
                 communicator.submit(
                     lambda talk, values=values, key=f"bucket {bucket}": average(
-                        talk, values, coder=coder, key=key
+                        talk, values, compressor=compressor, key=key
                     ),
                     about=f"bucket {bucket}",
                 ).wait()

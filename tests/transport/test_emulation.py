@@ -17,7 +17,8 @@ import json, os, time
 import torch, torch.distributed as dist
 from functools import partial
 from capstan.codecs import codec_from_name
-from capstan.transport import Coder, Communicator
+from capstan.codecs import Compressor
+from capstan.transport import Communicator
 from capstan.transport.collectives import average
 from capstan.transport.group import Group
 
@@ -25,12 +26,12 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo")
 sent = lambda: int(open("/sys/class/net/capstan0/statistics/tx_bytes").read())
 with Communicator(Group(patience_s=60)) as communicator:
-    coder = Coder(codec_from_name("identity"))
+    compressor = Compressor(codec_from_name("identity"))
     dist.barrier()
     before, start_s = sent(), time.monotonic()
     for step in range(2):
         values = torch.ones(1_000_000)
-        communicator.submit(partial(average, values=values, coder=coder, key="a"), about="a").wait()
+        communicator.submit(partial(average, values=values, compressor=compressor, key="a"), about="a").wait()
     seconds, crossed = time.monotonic() - start_s, sent() - before
     own = f"rank {dist.get_rank()}->"
     traffic = communicator.ledger.traffic

@@ -4,11 +4,15 @@
     packet = codec.encode(weights)          # codec.encoded_bytes(weights.shape, weights.dtype) bytes
     weights = codec.decode(packet)
 
-Every codec says its exact size before it encodes and bounds its error in its docstring.
+Every codec says its exact size before it encodes and bounds its error in its docstring. What is encoded again
+and again, by one sender under one key, has a memory: a `Compressor` of what was lost, a `Delta` of what the
+receiver holds already.
 """
 
 from capstan.codecs.casts import Cast
 from capstan.codecs.codec import Codec
+from capstan.codecs.compressor import Compressor
+from capstan.codecs.delta import Delta
 from capstan.codecs.error_feedback import ErrorFeedback
 from capstan.codecs.groups import GroupQuantised
 from capstan.codecs.identity import Identity
@@ -21,6 +25,8 @@ from capstan.codecs.sparse import RandomK, TopK
 __all__ = [
     "Cast",
     "Codec",
+    "Compressor",
+    "Delta",
     "ErrorFeedback",
     "GroupQuantised",
     "Identity",

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from capstan.codecs import codec_from_name
+from capstan.codecs import Compressor, codec_from_name
 from capstan.data_parallel.algorithm import Algorithm
 from capstan.errors import CapstanError, TimeoutExpired, UsageError
-from capstan.transport import Coder, Conversation, Operation
+from capstan.transport import Conversation, Operation
 from capstan.transport.collectives import average
 from capstan.transport.failure import FirstFailure
 
@@ -60,7 +60,7 @@ class AsyncAverage(Algorithm):
 
     def start(self, replica: "Replica") -> None:
         super().start(replica)
-        self._coder = Coder(self.codec, salt=replica.group.rank)
+        self._compressor = Compressor(self.codec, salt=replica.group.rank)
         self._buckets = replica.weight_buckets()
         self._copies = [torch.empty_like(bucket.flat) for bucket in self._buckets]
         atexit.register(self._leave)
@@ -133,7 +133,7 @@ class AsyncAverage(Algorithm):
                 copy.copy_(bucket.take_weights())
         pending = [
             self.replica.submit(
-                partial(average, values=bucket.flat, coder=self._coder, key=bucket.key),
+                partial(average, values=bucket.flat, compressor=self._compressor, key=bucket.key),
                 about=bucket.key,
             )
             for bucket in self._buckets

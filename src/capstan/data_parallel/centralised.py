@@ -5,11 +5,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from capstan.codecs import codec_from_name
+from capstan.codecs import Compressor, codec_from_name
 from capstan.data_parallel.algorithm import Algorithm
 from capstan.data_parallel.machines import machines_of
 from capstan.errors import UsageError, unknown_name
-from capstan.transport import Coder, Conversation, Group, Operation
+from capstan.transport import Conversation, Group, Operation
 from capstan.transport.collectives import average, average_by_machine, average_by_ring
 
 Route = Literal["direct", "machines", "ring"]
@@ -50,7 +50,7 @@ class Centralised(Algorithm):
             raise UsageError(
                 f"PyTorch's ring cannot carry {self.codec.name}: it adds what it gets. Use the direct route."
             )
-        self._coder: Coder | None = None
+        self._compressor: Compressor | None = None
 
     @property
     def description(self) -> str:
@@ -65,26 +65,26 @@ class Centralised(Algorithm):
         if self.route == "machines":
             assert self._machines is not None, "join() has found them"
             return average_by_machine(
-                talk, values, coder=self._coder_of(talk.rank), key=key, machines=self._machines
+                talk, values, compressor=self._compressor_of(talk.rank), key=key, machines=self._machines
             )
-        return average(talk, values, coder=self._coder_of(talk.rank), key=key)
+        return average(talk, values, compressor=self._compressor_of(talk.rank), key=key)
 
     def join(self, group: Group) -> None:
         super().join(group)
         if self.route == "machines" and self._machines is None:
             self._machines = machines_of(group)
 
-    def _coder_of(self, rank: int) -> Coder:
-        if self._coder is None:
-            self._coder = Coder(self.codec, error_feedback=self.error_feedback, salt=rank)
-        return self._coder
+    def _compressor_of(self, rank: int) -> Compressor:
+        if self._compressor is None:
+            self._compressor = Compressor(self.codec, error_feedback=self.error_feedback, salt=rank)
+        return self._compressor
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._coder is None else self._coder.state_dict()
+        return {} if self._compressor is None else self._compressor.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            self._coder_of(self.group.rank).load_state_dict(state)
+            self._compressor_of(self.group.rank).load_state_dict(state)
 
 
 class GradientAllReduce(Centralised):

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from capstan.codecs import Identity
+from capstan.codecs import Compressor, Identity
 from capstan.data_parallel.algorithm import Algorithm
 from capstan.data_parallel.peers import shift_one
 from capstan.errors import UsageError, unknown_name
-from capstan.transport import Coder, Conversation, Operation, Pending
+from capstan.transport import Conversation, Operation, Pending
 from capstan.transport.collectives import average
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Decentralised(Algorithm):
         if every < 1:
             raise UsageError(f"Exchanges are at least a step apart, found every={every}.")
         self.peers, self.every = peers, every
-        self._exact = Coder(Identity())
+        self._exact = Compressor(Identity())
         self._steps = self._rounds = 0
         self._pending: list[Pending] = []
 
@@ -75,7 +75,7 @@ class Decentralised(Algorithm):
 
     def _mix(self, talk: Conversation, values: Tensor, round_number: int) -> Operation:
         if self.peers == "all":
-            return average(talk, values, coder=self._exact, key="weights")
+            return average(talk, values, compressor=self._exact, key="weights")
         return average_with(talk, values, shift_one(talk.rank, talk.size, round_number), self._exact)
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,14 +85,14 @@ class Decentralised(Algorithm):
         self._steps, self._rounds = state["steps"], state["rounds"]
 
 
-def average_with(talk: Conversation, values: Tensor, peer: int | None, coder: Coder) -> Operation:
+def average_with(talk: Conversation, values: Tensor, peer: int | None, compressor: Compressor) -> Operation:
     """Replace values by the mean of one's own and a peer's: the same bits at both, so their mean is kept."""
     if peer is None:
         return
     swap = talk.round("swap")
-    coder.encode(values, swap.to(peer, coder.size(values)), key="weights")
-    payload = swap.take(peer, coder.size(values))
+    compressor.encode(values, swap.to(peer, compressor.size(values)), key="weights")
+    payload = swap.take(peer, compressor.size(values))
     yield swap
     theirs = values.new_empty(values.shape)
-    coder.decode(payload, theirs)
+    compressor.decode(payload, theirs)
     values.add_(theirs).mul_(0.5)

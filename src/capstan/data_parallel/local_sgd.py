@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from capstan.codecs import codec_from_name
+from capstan.codecs import Compressor, codec_from_name
 from capstan.data_parallel.algorithm import Algorithm
 from capstan.errors import UsageError
-from capstan.transport import Coder
 from capstan.transport.collectives import average
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class LocalSGD(Algorithm):
 
     def start(self, replica: "Replica") -> None:
         super().start(replica)
-        self._coder = Coder(self.codec, error_feedback=self.error_feedback, salt=replica.group.rank)
+        self._compressor = Compressor(self.codec, error_feedback=self.error_feedback, salt=replica.group.rank)
         self._buckets = replica.weight_buckets()
         self._anchors = [bucket.take_weights().clone() for bucket in self._buckets]
         self._velocities = [torch.zeros_like(anchor) for anchor in self._anchors]
@@ -70,7 +69,7 @@ class LocalSGD(Algorithm):
             values = bucket.take_weights().neg_().add_(anchor)
             pending.append(
                 self.replica.submit(
-                    partial(average, values=values, coder=self._coder, key=bucket.key),
+                    partial(average, values=values, compressor=self._compressor, key=bucket.key),
                     about=bucket.key,
                 )
             )
@@ -85,14 +84,14 @@ class LocalSGD(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         return {
             "steps": self._steps,
-            "coder": self._coder.state_dict(),
+            "compressor": self._compressor.state_dict(),
             "anchors": [each.clone() for each in self._anchors],
             "velocities": [each.clone() for each in self._velocities],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._steps = state["steps"]
-        self._coder.load_state_dict(state["coder"])
+        self._compressor.load_state_dict(state["compressor"])
         for mine, saved in ((self._anchors, "anchors"), (self._velocities, "velocities")):
             for target, source in zip(mine, state[saved], strict=True):
                 target.copy_(source)

@@ -5,22 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from capstan.codecs import codec_from_name
+from capstan.codecs import Delta, codec_from_name
 from capstan.data_parallel.algorithm import Algorithm
 from capstan.data_parallel.peers import neighbours
-from capstan.transport import Coder, Conversation, Operation
+from capstan.transport import Conversation, Operation
 
 if TYPE_CHECKING:
-    from capstan.data_parallel.buckets import Bucket
     from capstan.data_parallel.replica import Replica
 
 
 class LowPrecisionDecentralised(Algorithm):
     """After the optimizer's step to x, with W this rank's replica and L, R its neighbours':
 
-        z = x + L/3 + R/3 - 5/3 W;  all three add the decoded Q(z) of theirs;  x = W
+        v = x + L/3 + R/3 - 2/3 W;  all three add the decoded Q(v - W) of theirs;  x = W
 
-    Every rank's W and what its neighbours hold of it are equal, bit for bit, for ever.
+    Every rank's W and what its neighbours hold of it are equal, bit for bit, for ever: each is one end of a
+    `Delta`.
 
     Source: DCD-PSGD, arXiv 1803.06443, as BAGUA's low_precision_decentralized.
     Differs: in blocks of 512 rather than one range a bucket; of two ranks each is told once, not twice.
@@ -37,47 +37,40 @@ class LowPrecisionDecentralised(Algorithm):
 
     def start(self, replica: "Replica") -> None:
         super().start(replica)
-        self._coder = Coder(self.codec, salt=replica.group.rank)
         self._buckets = replica.weight_buckets()
-        self._replicas = [[bucket.take_weights().clone() for _ in range(3)] for bucket in self._buckets]
+        # What this rank has told, and what it has heard from its neighbours before and after it.
+        self._ends = {name: Delta(self.codec, salt=replica.group.rank) for name in ("own", "left", "right")}
+        for bucket in self._buckets:
+            for end in self._ends.values():
+                end.start(bucket.key, bucket.take_weights())
 
     def after_step(self) -> None:
-        pending = []
-        for bucket, replicas in zip(self._buckets, self._replicas, strict=True):
-            values = bucket.take_weights()
-            pending.append(
-                self.replica.submit(
-                    partial(self._tell, bucket=bucket, values=values, replicas=replicas),
-                    about=bucket.key,
-                )
+        pending = [
+            self.replica.submit(
+                partial(self._tell, key=bucket.key, values=bucket.take_weights()), about=bucket.key
             )
-        for waiting, bucket, (own, _, _) in zip(pending, self._buckets, self._replicas, strict=True):
+            for bucket in self._buckets
+        ]
+        for waiting, bucket in zip(pending, self._buckets, strict=True):
             waiting.wait()
-            bucket.put_weights(own)
+            bucket.put_weights(self._ends["own"].held(bucket.key))
 
-    def _tell(
-        self, talk: Conversation, bucket: "Bucket", values: Tensor, replicas: list[Tensor]
-    ) -> Operation:
-        own, left, right = replicas
+    def _tell(self, talk: Conversation, key: str, values: Tensor) -> Operation:
+        own, left, right = self._ends["own"], self._ends["left"], self._ends["right"]
         before, after = neighbours(talk.rank, talk.size)
-        difference = values.add_(left, alpha=1 / 3).add_(right, alpha=1 / 3).sub_(own, alpha=5 / 3)
-        size = self._coder.size(difference)
+        values.add_(left.held(key), alpha=1 / 3).add_(right.held(key), alpha=1 / 3)
+        values.sub_(own.held(key), alpha=2 / 3)
+        size = own.size(values)
         swap = talk.round("swap")
-        payload = swap.to(sorted({before, after}), size)
-        self._coder.encode(difference, payload, key=bucket.key)
+        own.encode(values, swap.to(sorted({before, after}), size), key=key)
         arriving = {rank: swap.take(rank, size) for rank in sorted({before, after})}
         yield swap
-        for replica, source in ((own, payload), (left, arriving[before]), (right, arriving[after])):
-            change = difference.new_empty(difference.shape)
-            self._coder.decode(source, change)
-            replica.add_(change)
+        left.decode(arriving[before], key=key)
+        right.decode(arriving[after], key=key)
 
     def state_dict(self) -> dict[str, Any]:
-        replicas = [[each.clone() for each in three] for three in self._replicas]
-        return {"coder": self._coder.state_dict(), "replicas": replicas}
+        return {name: end.state_dict() for name, end in self._ends.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._coder.load_state_dict(state["coder"])
-        for mine, saved in zip(self._replicas, state["replicas"], strict=True):
-            for target, source in zip(mine, saved, strict=True):
-                target.copy_(source)
+        for name, end in self._ends.items():
+            end.load_state_dict(state[name])

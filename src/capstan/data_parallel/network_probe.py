@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 
-from capstan.codecs import codec_from_name
+from capstan.codecs import Compressor, codec_from_name
 from capstan.data_parallel.asynchronous import agreement
 from capstan.data_parallel.planner import Coding, Network
-from capstan.transport import Coder, Communicator, Conversation, Group, Operation
+from capstan.transport import Communicator, Conversation, Group, Operation
 
 _ROUNDS = 8
 _PROBE_BYTES = 4 * 2**20
@@ -45,9 +45,9 @@ def probe_network(group: Group, *, size_bytes: int = _PROBE_BYTES) -> Network:
 
 def probe_coding(group: Group, codec: str, *, num_elements: int = _PROBE_ELEMENTS) -> Coding:
     """Seconds to encode one element and to decode one, while all ranks do; all must call it."""
-    coder = Coder(codec_from_name(codec))
+    compressor = Compressor(codec_from_name(codec))
     values, out = torch.randn(num_elements), torch.empty(num_elements)
-    payload = torch.empty(coder.size(values), dtype=torch.uint8)
+    payload = torch.empty(compressor.size(values), dtype=torch.uint8)
 
     def seconds_of(work: Callable[[], None]) -> float:
         work()
@@ -58,8 +58,8 @@ def probe_coding(group: Group, codec: str, *, num_elements: int = _PROBE_ELEMENT
         return float(max(group.gather((time.perf_counter() - start_s) / 3))) / num_elements
 
     return Coding(
-        seconds_of(lambda: coder.encode(values, payload, key="probe")),
-        seconds_of(lambda: coder.decode(payload, out)),
+        seconds_of(lambda: compressor.encode(values, payload, key="probe")),
+        seconds_of(lambda: compressor.decode(payload, out)),
     )
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capstan.codecs import Identity
+from capstan.codecs import Compressor, Identity
 from capstan.codecs.low_rank import back, is_worth_it, orthonormal, project, restore, starting_factor
 from capstan.data_parallel.algorithm import Algorithm
 from capstan.data_parallel.buckets import split
 from capstan.errors import UsageError
-from capstan.transport import Coder, Conversation, Operation
+from capstan.transport import Conversation, Operation
 from capstan.transport.collectives import average
 
 
@@ -35,7 +35,7 @@ class PowerSGD(Algorithm):
         if rank < 1:
             raise UsageError(f"The rank of a factor is at least 1, found {rank}.")
         self.rank = rank
-        self._exact = Coder(Identity())
+        self._exact = Compressor(Identity())
         self._factors: dict[str, Tensor] = {}
         self._errors: dict[str, Tensor] = {}
 
@@ -57,7 +57,7 @@ class PowerSGD(Algorithm):
 
         first = [project(matrix, factors[at]).reshape(-1) for at, matrix in matrices.items()]
         sent = torch.cat([*first, *plain])
-        yield from average(talk, sent, coder=self._exact, key=key)
+        yield from average(talk, sent, compressor=self._exact, key=key)
         parts = split(sent, [*((len(each), self.rank) for each in matrices.values()), *map(_shape, plain)])
         bases = {at: orthonormal(part) for at, part in zip(matrices, parts, strict=False)}
         wanted = values.clone()
@@ -66,7 +66,7 @@ class PowerSGD(Algorithm):
 
         if matrices:
             second = torch.cat([back(each, bases[at]).reshape(-1) for at, each in matrices.items()])
-            yield from average(talk, second, coder=self._exact, key=key)
+            yield from average(talk, second, compressor=self._exact, key=key)
             halves = split(second, [(each.shape[1], self.rank) for each in matrices.values()])
             for (at, matrix), factor in zip(matrices.items(), halves, strict=True):
                 matrix.copy_(restore(bases[at], factor))

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from capstan.codecs import Identity
+from capstan.codecs import Compressor, Identity
 from capstan.data_parallel.algorithm import Algorithm
 from capstan.data_parallel.buckets import BUCKET_BYTES, Bucket, buckets_of
 from capstan.data_parallel.gradients import Gradients
 from capstan.data_parallel.names import algorithm_from_name
 from capstan.errors import InputError, UsageError
-from capstan.transport import Coder, Communicator, Conversation, Group, Ledger, Operation, Pending, Shape
+from capstan.transport import Communicator, Conversation, Group, Ledger, Operation, Pending, Shape
 from capstan.transport.collectives import average, broadcast
 from capstan.transport.group import PATIENCE_S, join
 
@@ -141,10 +141,12 @@ class Replica(nn.Module):
         """Give every rank the mean of all ranks' weights; all must call it. For algorithms whose ranks
         differ.
         """
-        exact = Coder(Identity())
+        exact = Compressor(Identity())
         for bucket in self.weight_buckets():
             values = bucket.take_weights()
-            self.submit(partial(average, values=values, coder=exact, key="weights"), about="weights").wait()
+            self.submit(
+                partial(average, values=values, compressor=exact, key="weights"), about="weights"
+            ).wait()
             bucket.put_weights(values)
 
     def close(self) -> None:

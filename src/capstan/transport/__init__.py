@@ -6,7 +6,6 @@ tensors and values pass between them. A `Communicator` is the one thread that sp
 on it run the operations of `collectives`.
 """
 
-from capstan.transport.coder import Coder
 from capstan.transport.communicator import Communicator, Pending
 from capstan.transport.conversation import Conversation, Operation
 from capstan.transport.crossing import cross
@@ -18,7 +17,6 @@ from capstan.transport.stopwatch import Clock, Stopwatch
 
 __all__ = [
     "Clock",
-    "Coder",
     "Communicator",
     "Conversation",
     "Group",

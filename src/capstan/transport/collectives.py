@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from capstan.codecs import Identity
-from capstan.transport.coder import Coder
+from capstan.codecs import Compressor, Identity
 from capstan.transport.conversation import Conversation, Operation
 
 _IDENTITY = Identity()
@@ -29,7 +28,7 @@ def average(
     talk: Conversation,
     values: Tensor,
     *,
-    coder: Coder,
+    compressor: Compressor,
     key: str,
     ranks: Sequence[int] | None = None,
     divisor: int | None = None,
@@ -42,7 +41,7 @@ def average(
     depend on who computes it. With the identity it is the plain mean.
 
     Args:
-        coder: encodes; with error feedback both on the way in (worker) and on the way out (server).
+        compressor: encodes; with error feedback both on the way in (worker) and on the way out (server).
         key: names the values from step to step.
         ranks: who takes part, in an order that all agree on; default all.
         divisor: what sums are divided by; default the number of `ranks`.
@@ -54,32 +53,34 @@ def average(
 
     scatter = talk.round("scatter")
     for at in others:
-        payload = scatter.to(members[at], coder.size(chunks[at]))
-        coder.encode(chunks[at], payload, key=f"{key} worker {at}")
-    arriving = {at: scatter.take(members[at], coder.size(chunks[own])) for at in others}
-    kept = coder.round_trip(chunks[own], key=f"{key} worker {own}")
+        payload = scatter.to(members[at], compressor.size(chunks[at]))
+        compressor.encode(chunks[at], payload, key=f"{key} worker {at}")
+    arriving = {at: scatter.take(members[at], compressor.size(chunks[own])) for at in others}
+    kept = compressor.round_trip(chunks[own], key=f"{key} worker {own}")
     gather = talk.round("gather")
-    results = {at: gather.take(members[at], coder.size(chunks[at])) for at in others}
+    results = {at: gather.take(members[at], compressor.size(chunks[at])) for at in others}
     gather.listen()
     yield scatter
 
-    mean = _sum_in_order(coder, kept, own, arriving, len(members)).div_(divisor)
+    mean = _sum_in_order(compressor, kept, own, arriving, len(members)).div_(divisor)
 
-    result = gather.to([members[at] for at in others], coder.size(chunks[own]))
-    coder.encode(mean, result, key=f"{key} server")
-    coder.decode(result, chunks[own])
+    result = gather.to([members[at] for at in others], compressor.size(chunks[own]))
+    compressor.encode(mean, result, key=f"{key} server")
+    compressor.decode(result, chunks[own])
     yield gather
     for at, payload in results.items():
-        coder.decode(payload, chunks[at])
+        compressor.decode(payload, chunks[at])
 
 
-def _sum_in_order(coder: Coder, kept: Tensor, own: int, arriving: dict[int, Tensor], count: int) -> Tensor:
+def _sum_in_order(
+    compressor: Compressor, kept: Tensor, own: int, arriving: dict[int, Tensor], count: int
+) -> Tensor:
     total, part = torch.zeros_like(kept), torch.empty_like(kept)
     for at in range(count):
         if at == own:
             part_of = kept
         else:
-            coder.decode(arriving[at], part)
+            compressor.decode(arriving[at], part)
             part_of = part
         # The first is copied, not added to 0: that keeps the sign of a zero.
         _ = total.copy_(part_of) if at == 0 else total.add_(part_of)
@@ -90,7 +91,7 @@ def average_by_machine(
     talk: Conversation,
     values: Tensor,
     *,
-    coder: Coder,
+    compressor: Compressor,
     key: str,
     machines: Sequence[Sequence[int]],
 ) -> Operation:
@@ -104,7 +105,7 @@ def average_by_machine(
     """
     mine = next(list(each) for each in machines if talk.rank in each)
     leader, members = mine[0], mine[1:]
-    exact = Coder(_IDENTITY)
+    exact = Compressor(_IDENTITY)
     # Both are made before what only the first ranks say to each other, so that numbers agree on all ranks.
     inside, outcome = talk.round("inside"), talk.round("inside")
     if talk.rank != leader:
@@ -122,7 +123,7 @@ def average_by_machine(
         values.add_(part)
     leaders = [each[0] for each in machines]
     if len(leaders) > 1:
-        yield from average(talk, values, coder=coder, key=key, ranks=leaders, divisor=talk.size)
+        yield from average(talk, values, compressor=compressor, key=key, ranks=leaders, divisor=talk.size)
     else:
         values.div_(talk.size)
     exact.encode(values, outcome.to(members, exact.size(values)), key=key)
@@ -137,7 +138,7 @@ def average_by_ring(talk: Conversation, values: Tensor) -> Operation:
 
 def broadcast(talk: Conversation, values: Tensor, *, source: int = 0) -> Operation:
     """Replace `values` by those of one rank."""
-    exact, copying = Coder(_IDENTITY), talk.round("broadcast")
+    exact, copying = Compressor(_IDENTITY), talk.round("broadcast")
     if talk.rank == source:
         targets = [rank for rank in range(talk.size) if rank != source]
         exact.encode(values, copying.to(targets, exact.size(values)), key="broadcast")

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capstan.codecs import Codec, ErrorFeedback, Identity
+from capstan.codecs.codec import Codec
+from capstan.codecs.error_feedback import ErrorFeedback
+from capstan.codecs.identity import Identity
 
 
-class Coder:
+class Compressor:
     """A codec, error feedback or none, and seeds that never repeat; one for each algorithm and rank.
 
     A key names what is encoded again and again, such as a bucket's chunk: residuals and seeds go by it.
