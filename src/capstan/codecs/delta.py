@@ -17,8 +17,8 @@ class Delta:
         change = decode(encode(value - held));  held += change          (on both ends)
 
     Both ends hold the same, bit for bit and for ever, if they were given the same to start with: what one
-    adds is what the other decodes. What a codec loses of a change is part of the next one, so nothing is lost:
-    the error of `held` is that of the last change, and where values settle it goes to 0 with them.
+    adds is what the other decodes. What a codec loses of a change is part of the next one, so nothing is
+    lost: the error of `held` is that of the last change, and where values settle it goes to 0 with them.
 
     Args:
         codec: in how many bits a change crosses.
