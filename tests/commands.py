@@ -10,6 +10,8 @@ import capstan.evaluation.transformers_model
 import capstan.generation.batch_job
 from capstan.cli import main
 
+_kept: list[object] = []
+
 
 def capstan(*words: str) -> None:
     """The command line, as the installed command calls it."""
@@ -19,4 +21,6 @@ def capstan(*words: str) -> None:
 def script(path: str) -> None:
     """A Python script, as `python path` runs it."""
     sys.argv = [path]
-    runpy.run_path(path, run_name="__main__")
+    # The names are kept: a DDP model that is dropped before the process ends can wait for ever for a thread of
+    # gloo's that waits for Python.
+    _kept.append(runpy.run_path(path, run_name="__main__"))

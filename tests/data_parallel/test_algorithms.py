@@ -174,6 +174,9 @@ def power_sgd(world: World, found: Any) -> list[torch.Tensor]:
 def q_adam(codec: str, feedback: bool, warmup: int) -> Callable[[World, Any], list[torch.Tensor]]:
     lr, beta1, beta2, eps, floor = 0.01, 0.9, 0.999, 1e-8, 0.01
 
+    def spread_of(state: dict[str, torch.Tensor]) -> torch.Tensor:
+        return state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2**warmup) + eps
+
     def run(world: World, found: Any) -> list[torch.Tensor]:
         plain, average = Average("identity", world.size, feedback=False), None
         average = Average(codec, world.size, feedback=feedback)
@@ -194,19 +197,18 @@ def q_adam(codec: str, feedback: bool, warmup: int) -> Callable[[World, Any], li
                         v = state["exp_avg_sq"]
                         state["exp_avg_sq"] = torch.maximum(v, (floor * v.mean()).clamp(min=eps**2))
             for at, ranks in enumerate(buckets):
-                momenta = []
+                updates, most = [], (1 - beta1) / math.sqrt(1 - beta2)
                 for adam, bucket in zip(adams, ranks, strict=True):
+                    own = []
                     for each in bucket.parameters:
-                        adam.state[each]["exp_avg"].mul_(beta1).add_(each.grad, alpha=1 - beta1)
-                    momenta.append(
-                        torch.cat([adam.state[each]["exp_avg"].reshape(-1) for each in bucket.parameters])
-                    )
-                common = average(momenta, f"bucket {at}")
+                        m = adam.state[each]["exp_avg"].mul(beta1).add_(each.grad, alpha=1 - beta1)
+                        own.append((m / spread_of(adam.state[each])).clamp(-most, most).reshape(-1))
+                    updates.append(torch.cat(own))
+                common = average(updates, f"bucket {at}")
                 for adam, bucket in zip(adams, ranks, strict=True):
-                    for each, m in zip(bucket.parameters, bucket.views_of(common), strict=True):
-                        adam.state[each]["exp_avg"] = m.clone()
-                        spread = adam.state[each]["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2**warmup) + eps
-                        each.data.addcdiv_(m, spread, value=-lr / (1 - beta1 ** (step + 1)))
+                    for each, u in zip(bucket.parameters, bucket.views_of(common), strict=True):
+                        each.data.add_(u, alpha=-lr / (1 - beta1 ** (step + 1)))
+                        adam.state[each]["exp_avg"] = u * spread_of(adam.state[each])
             seen.append(world.weights())
         return seen
 

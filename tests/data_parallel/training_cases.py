@@ -141,7 +141,7 @@ def unusual(rank: int, size: int, arguments: Any) -> dict[str, Any]:
             found["norm"] = float(nn.utils.clip_grad_norm_(both.parameters(), 0.5))
             optimizer.step()
         found["weights"] = torch.cat([each.detach().reshape(-1) for each in both.parameters()])
-        found["spare gradient"] = spare.weight.grad.clone()
+        found["spare gradient"] = spare.weight.grad
     reference = make_model()
     plain = torch.optim.SGD(reference.parameters(), lr=0.1)
     for step in range(3):

@@ -1,6 +1,7 @@
 """What an algorithm of data-parallel training is: what happens to gradients and weights, and when."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -9,7 +10,6 @@ from capstan.errors import UsageError
 from capstan.transport import Conversation, Group, Operation
 
 if TYPE_CHECKING:
-    from capstan.data_parallel.buckets import Bucket
     from capstan.data_parallel.replica import Replica
 
 
@@ -22,6 +22,7 @@ class Algorithm:
 
     name: ClassVar[str]
     exchanges_gradients: ClassVar[bool] = False
+    needs_optimizer: ClassVar[bool] = True
 
     replica: "Replica"
     group: Group
@@ -30,6 +31,21 @@ class Algorithm:
     def description(self) -> str:
         """The name and every setting that ranks must agree on."""
         return self.name
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether, for now, gradients stay this rank's own, to be exchanged when the optimizer steps."""
+        return False
+
+    @property
+    def carries_all_values(self) -> bool:
+        """Whether infinities and NaN reach the other ranks as they are."""
+        return True
+
+    @property
+    def all_hear_all(self) -> bool:
+        """Whether in an exchange of gradients every rank hears, directly or not, from every other."""
+        return True
 
     def start(self, replica: "Replica") -> None:
         """Once, when all ranks have the same weights."""
@@ -49,11 +65,8 @@ class Algorithm:
         """
         raise UsageError(f"{self.name} does not exchange gradients: use it through wrap().")
 
-    def before_gradients(self, bucket: "Bucket") -> None:
-        """A bucket's gradients are there, and are about to be exchanged."""
-
     def after_gradients(self) -> None:
-        """All gradients were exchanged."""
+        """A backward pass has ended, and all gradients were exchanged, unless they are held."""
 
     def before_forward(self) -> None:
         """The first forward pass of a training step begins."""
@@ -63,6 +76,10 @@ class Algorithm:
 
     def after_step(self) -> None:
         """The optimizer has changed the weights."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """While this lasts nothing runs in the background; all ranks enter it."""
+        return nullcontext()
 
     def close(self) -> None:
         """Training is over."""

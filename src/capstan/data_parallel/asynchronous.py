@@ -3,6 +3,8 @@
 import atexit
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
@@ -96,6 +98,16 @@ class AsyncAverage(Algorithm):
         self._stopping.clear()
         self._thread = Thread(target=self._run, name="capstan averaging", daemon=True)
         self._thread.start()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        was_running = self._thread is not None
+        self.abort()
+        try:
+            yield
+        finally:
+            if was_running:
+                self.resume()
 
     def close(self) -> None:
         atexit.unregister(self._leave)

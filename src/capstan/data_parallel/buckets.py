@@ -40,6 +40,7 @@ class Bucket:
         parameters: what it holds.
         flat: one number for each element, parameter after parameter.
         views: `flat` in the parameters' shapes.
+        present: which parameters have a gradient on this rank; used: which on any.
     """
 
     def __init__(self, index: int, parameters: Sequence[Parameter]) -> None:
@@ -49,6 +50,8 @@ class Bucket:
         numel = sum(each.numel() for each in self.parameters)
         self.flat = torch.zeros(numel, dtype=first.dtype, device=first.device)
         self.views = self.views_of(self.flat)
+        self.present = [True] * len(self.parameters)
+        self.used = list(self.present)
 
     @property
     def key(self) -> str:

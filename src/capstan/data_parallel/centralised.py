@@ -30,6 +30,7 @@ class Centralised(Algorithm):
 
     name = "centralised"
     exchanges_gradients = True
+    needs_optimizer = False
     default_codec: ClassVar[str] = "identity"
     default_feedback: ClassVar[bool] = False
 
@@ -57,6 +58,14 @@ class Centralised(Algorithm):
         feedback = " with error feedback" if self.error_feedback else ""
         return f"{self.name}: {self.codec.name}{feedback}, {self.route}"
 
+    @property
+    def carries_all_values(self) -> bool:
+        return self.codec.name == "identity"
+
+    @property
+    def all_hear_all(self) -> bool:
+        return self.route != "ring"
+
     def exchange(
         self, talk: Conversation, values: Tensor, shapes: Sequence[tuple[int, ...]], key: str
     ) -> Operation:
@@ -71,8 +80,13 @@ class Centralised(Algorithm):
 
     def join(self, group: Group) -> None:
         super().join(group)
-        if self.route == "machines" and self._machines is None:
-            self._machines = machines_of(group)
+        if self.route == "machines":
+            self._machines = machines_of(group) if self._machines is None else self._machines
+            listed = sorted(rank for ranks in self._machines for rank in ranks)
+            if listed != list(range(group.size)):
+                raise UsageError(
+                    f"machines= lists each of the ranks 0 to {group.size - 1} once, found {self._machines}."
+                )
 
     def _compressor_of(self, rank: int) -> Compressor:
         if self._compressor is None:

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from capstan.codecs import Compressor, Identity
@@ -37,12 +38,13 @@ class Decentralised(Algorithm):
     def __init__(self, peers: Peers = "shift_one", *, every: int = 1) -> None:
         if peers not in ("shift_one", "all"):
             raise unknown_name("choice of peers", peers, ("shift_one", "all"))
-        if every < 1:
-            raise UsageError(f"Exchanges are at least a step apart, found every={every}.")
+        if every != int(every) or every < 1:
+            raise UsageError(f"Exchanges are a whole number of steps apart, at least 1; found every={every}.")
         self.peers, self.every = peers, every
         self._exact = Compressor(Identity())
         self._steps = self._rounds = 0
         self._pending: list[Pending] = []
+        self._before: list[Tensor] = []  # the weights of an exchange that runs inside the optimizer's step
 
     @property
     def description(self) -> str:
@@ -55,8 +57,12 @@ class Decentralised(Algorithm):
     def before_forward(self) -> None:
         if self._steps % self.every == 0 and not self._pending:
             round_number = self._rounds
+            is_in_step = self.replica.is_in_optimizer
+            self._before = []
             for bucket in self._buckets:
                 values = bucket.take_weights()
+                if is_in_step:
+                    self._before.append(values.clone())
                 self._pending.append(
                     self.replica.submit(
                         partial(self._mix, values=values, round_number=round_number), about=bucket.key
@@ -70,7 +76,14 @@ class Decentralised(Algorithm):
             bucket.put_weights(bucket.flat)
         self._pending = []
 
+    @torch.no_grad()
     def after_step(self) -> None:
+        # With a closure forward runs inside the step: the optimizer has moved the weights in the meantime.
+        for pending, bucket, before in zip(self._pending, self._buckets, self._before, strict=False):
+            pending.wait()
+            for parameter, view in zip(bucket.parameters, bucket.views_of(bucket.flat - before), strict=True):
+                parameter.add_(view)
+        self._pending = []
         self._steps += 1
 
     def _mix(self, talk: Conversation, values: Tensor, round_number: int) -> Operation:

@@ -1,12 +1,15 @@
 """Gradients into buckets as backward makes them ready, and each bucket on its way while backward goes on."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves
 
 from capstan.data_parallel.buckets import Bucket, buckets_of
+from capstan.errors import UsageError
 from capstan.transport import Pending
 
 
@@ -15,12 +18,18 @@ class Gradients:
 
     In the first backward pass the order is learned in which gradients become ready; the first rank's
     order holds for all, and all is exchanged at the end. From then on a bucket goes out as soon as it,
-    and all before it, are complete: so every rank sends in the same order. What has no gradient by the
-    end of a pass counts as 0.
+    and all before it, are complete: so every rank sends in the same order.
+
+    A parameter that has no gradient by the end of a pass counts as 0 where other ranks have one. Where no
+    rank has one, its `.grad` stays None, and so it does where it no longer wants one: an optimizer must not
+    move it.
 
     Args:
         parameters: those that are trained.
+        as_views: whether `.grad` becomes a view of its bucket, which saves a copy of all gradients; then the
+            next pass overwrites it.
         exchange: starts to replace a bucket's gradients.
+        holds: whether nothing is exchanged for now.
         agree: the first rank's value, on every rank.
         done: called when all are replaced, at the end of every backward pass.
     """
@@ -30,12 +39,15 @@ class Gradients:
         parameters: Sequence[Parameter],
         *,
         bucket_bytes: int,
+        as_views: bool,
         exchange: Callable[[Bucket], Pending],
+        holds: Callable[[], bool],
         agree: Callable[[list[int]], list[int]],
         done: Callable[[], None],
     ) -> None:
         self._parameters = list(parameters)
-        self._bucket_bytes, self._exchange, self._agree, self._done = bucket_bytes, exchange, agree, done
+        self._bucket_bytes, self._as_views = bucket_bytes, as_views
+        self._exchange, self._holds, self._agree, self._done = exchange, holds, agree, done
         self.is_on = True
         self.order: list[int] | None = None
         self.buckets: list[Bucket] = []
@@ -50,10 +62,26 @@ class Gradients:
         self.order = list(order)
         self.buckets = buckets_of([self._parameters[at] for at in order], bucket_bytes=self._bucket_bytes)
         self._place = {
-            id(parameter): (bucket, view)
+            id(parameter): (bucket, at)
             for bucket in self.buckets
-            for parameter, view in zip(bucket.parameters, bucket.views, strict=True)
+            for at, parameter in enumerate(bucket.parameters)
         }
+
+    def watch(self, outputs: Any) -> None:
+        """Know when the backward pass of these outputs begins, so as to know when it ends: inside, re-entrant
+        checkpoints make passes of their own."""
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(lambda _: self._run())
+
+    def recover(self) -> None:
+        """Give up a backward pass that has ended with an error. Every rank must have seen it: what some have
+        sent, all have."""
+        if self._is_running and torch._C._current_graph_task_id() == -1:
+            pending = self._pending
+            self._begin_pass()
+            for each in pending:
+                each.wait()
 
     def close(self) -> None:
         """Look at gradients no more."""
@@ -66,17 +94,29 @@ class Gradients:
         self._next = 0
         self._pending: list[Pending] = []
 
+    def _run(self) -> None:
+        if self.is_on and not self._is_running:
+            self._is_running = True
+            # Runs when this backward pass ends, before backward() returns: then gradients may be clipped.
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+
     def _noticing(self, at: int) -> Callable[[Tensor], None]:
         def notice(parameter: Tensor) -> None:
             if not self.is_on:
                 return
-            if not self._is_running:
-                self._is_running = True
-                # Runs when this backward pass ends, before backward() returns: then gradients may be clipped.
-                torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+            self._run()
+            if self._holds():
+                return
             if self.order is None:
                 self._seen.append(at)
                 return
+            bucket, _ = self._place[id(parameter)]
+            if id(parameter) in self._ready and bucket.index < self._next:
+                raise UsageError(
+                    "A parameter got its gradient twice in one backward pass, and the first was sent: a "
+                    "layer that is used twice under re-entrant checkpointing does that. Use "
+                    "use_reentrant=False."
+                )
             self._take(parameter)
             self._ready.add(id(parameter))
             self._send_what_is_complete()
@@ -85,13 +125,16 @@ class Gradients:
 
     @torch.no_grad()
     def _take(self, parameter: Tensor) -> None:
-        """Copy a gradient to its place, which it then is."""
-        _, view = self._place[id(parameter)]
-        if parameter.grad is None:
+        """Copy a gradient to its place."""
+        bucket, at = self._place[id(parameter)]
+        view, gradient = bucket.views[at], parameter.grad
+        bucket.present[at] = gradient is not None and parameter.requires_grad
+        if not bucket.present[at]:
             view.zero_()
-        elif parameter.grad.data_ptr() != view.data_ptr():
-            view.copy_(parameter.grad)
-        parameter.grad = view
+        elif gradient is not None and gradient.data_ptr() != view.data_ptr():
+            if gradient.is_sparse:
+                raise UsageError("Sparse gradients are not exchanged. Make the embedding with sparse=False.")
+            view.copy_(gradient)
 
     def _send_what_is_complete(self) -> None:
         while self._next < len(self.buckets):
@@ -102,6 +145,10 @@ class Gradients:
             self._next += 1
 
     def _end_pass(self) -> None:
+        if self._holds():
+            self._begin_pass()
+            self._done()
+            return
         if self.order is None:
             unseen = [at for at in range(len(self._parameters)) if at not in set(self._seen)]
             self.lay_out(self._agree([*dict.fromkeys(self._seen), *unseen]))
@@ -115,4 +162,19 @@ class Gradients:
         self._begin_pass()
         for each in pending:
             each.wait()
+        self._hand_back()
         self._done()
+
+    @torch.no_grad()
+    def _hand_back(self) -> None:
+        """Give parameters what was made of their gradients."""
+        for bucket in self.buckets:
+            for parameter, view, is_used in zip(bucket.parameters, bucket.views, bucket.used, strict=True):
+                if not is_used or not parameter.requires_grad:
+                    continue
+                if self._as_views:
+                    parameter.grad = view
+                elif parameter.grad is None:
+                    parameter.grad = view.clone()
+                else:
+                    parameter.grad.copy_(view)

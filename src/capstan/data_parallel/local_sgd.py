@@ -41,8 +41,8 @@ class LocalSGD(Algorithm):
         codec: str = "identity",
         error_feedback: bool = False,
     ) -> None:
-        if every < 1:
-            raise UsageError(f"Exchanges are at least a step apart, found every={every}.")
+        if every != int(every) or every < 1:
+            raise UsageError(f"Exchanges are a whole number of steps apart, at least 1; found every={every}.")
         self.every, self.lr, self.momentum, self.nesterov = every, lr, momentum, nesterov
         self.codec, self.error_feedback = codec_from_name(codec), error_feedback
         self._steps = 0
@@ -59,6 +59,12 @@ class LocalSGD(Algorithm):
         self._buckets = replica.weight_buckets()
         self._anchors = [bucket.take_weights().clone() for bucket in self._buckets]
         self._velocities = [torch.zeros_like(anchor) for anchor in self._anchors]
+
+    def before_forward(self) -> None:
+        # After an exchange the weights are the anchors, unless others were loaded, on all ranks, since.
+        if self._steps % self.every == 0:
+            for bucket, anchor in zip(self._buckets, self._anchors, strict=True):
+                bucket.take_weights(anchor)
 
     def after_step(self) -> None:
         self._steps += 1

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from capstan.codecs import Delta, codec_from_name
@@ -43,6 +44,14 @@ class LowPrecisionDecentralised(Algorithm):
         for bucket in self._buckets:
             for end in self._ends.values():
                 end.start(bucket.key, bucket.take_weights())
+
+    def before_forward(self) -> None:
+        # After a step the weights are what is held, unless others were loaded, on all ranks, since.
+        for bucket in self._buckets:
+            weights = bucket.take_weights()
+            if not torch.equal(weights, self._ends["own"].held(bucket.key)):
+                for end in self._ends.values():
+                    end.start(bucket.key, weights)
 
     def after_step(self) -> None:
         pending = [

@@ -30,6 +30,7 @@ class PowerSGD(Algorithm):
 
     name = "powersgd"
     exchanges_gradients = True
+    needs_optimizer = False
 
     def __init__(self, rank: int = 4) -> None:
         if rank < 1:
@@ -42,6 +43,10 @@ class PowerSGD(Algorithm):
     @property
     def description(self) -> str:
         return f"{self.name}: rank {self.rank}"
+
+    @property
+    def carries_all_values(self) -> bool:
+        return False  # a factor mixes them, and the error would keep them
 
     def exchange(
         self, talk: Conversation, values: Tensor, shapes: Sequence[tuple[int, ...]], key: str
@@ -77,7 +82,7 @@ class PowerSGD(Algorithm):
             view.zero_()
 
     def _is_factored(self, view: Tensor) -> bool:
-        matrix = _matrix(view) if view.dim() > 1 else None
+        matrix = _matrix(view) if view.dim() > 1 and view.numel() else None
         return matrix is not None and is_worth_it(matrix.shape[0], matrix.shape[1], self.rank)
 
     def _factor(self, key: str, matrix: Tensor) -> Tensor:

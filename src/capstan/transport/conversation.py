@@ -52,6 +52,9 @@ class Conversation:
         self.group, self.ledger, self.link = group, ledger, link
         self.sequence, self.about = sequence, about
         self.rank, self.size = group.rank, group.size
+        # Bits in the header of everything that is sent from now on; those of all that was received are added,
+        # so what passes on what it has heard passes on its flags.
+        self.flags = 0
         self._steps = 0
 
     @property
@@ -130,7 +133,10 @@ class Round:
             size = message.numel() - HEADER_BYTES
             talk.count(talk.rank, peer, self._phase, size)
             due_ns = talk.link.due_ns(message.numel()) if talk.link else 0
-            headers[id(message)] = (message, Header(talk.rank, talk.sequence, self._step, size, due_ns))
+            headers[id(message)] = (
+                message,
+                Header(talk.rank, talk.sequence, self._step, size, due_ns, talk.flags),
+            )
         for message, header in headers.values():
             write_header(message, header)
         self._transfers += self._exchange(self._sends, [] if self._is_listening else self._receives)
@@ -144,6 +150,7 @@ class Round:
             size = message.numel() - HEADER_BYTES
             wanted = Header(peer, talk.sequence, self._step, size)
             found = check_header(message, wanted, about=self._about)
+            talk.flags |= found.flags
             talk.count(peer, talk.rank, self._phase, size)
             if talk.link:
                 talk.link.await_arrival(found.due_ns, message.numel())

@@ -239,12 +239,12 @@ class Group:
         own = Loss("silent" if has_expired else "gone", [peer], self.rank)
         try:
             stopped = self.liveness.stopped(self.others)
-            if stopped:
-                return self.liveness.agree(own._replace(ranks=stopped))
             if has_expired:
-                return self.liveness.agree(own._replace(ranks=[self.liveness.end_of_chain(peer)]))
-            # All are alive: the one that closed its connection has itself found a loss, and will say so.
-            return self.liveness.awaited() or self.liveness.agree(own)
+                return self.liveness.agree(own._replace(ranks=stopped or [self.liveness.end_of_chain(peer)]))
+            if peer in stopped:
+                return self.liveness.agree(own._replace(ranks=stopped))
+            # The one that closed its connection is alive: it has itself found a loss, and will say so.
+            return self.liveness.awaited() or self.liveness.agree(own._replace(ranks=stopped or [peer]))
         except RuntimeError:
             # Without torchrun the store is rank 0's, and gone with it.
             is_hosted_by_first = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -9,8 +9,8 @@ from torch import Tensor
 from capstan.errors import InputError
 
 HEADER_BYTES = 32
-_HEADER = struct.Struct("<4sHHIIQQ")
-_MAGIC, _VERSION = b"CMSG", 1
+_HEADER = struct.Struct("<4sHBBIIQQ")
+_MAGIC, _VERSION = b"CMSG", 2
 
 
 class Header(NamedTuple):
@@ -18,6 +18,7 @@ class Header(NamedTuple):
 
     `source` is the sender's rank, `sequence` counts operations, `step` the exchanges in one. `due_ns` is
     when the message arrives over a shaped link, by the monotonic clock of the machine; 0 over a real one.
+    `flags` are eight bits that operations may use: what a sender knows, for whoever receives.
     """
 
     source: int
@@ -25,6 +26,7 @@ class Header(NamedTuple):
     step: int
     payload_bytes: int
     due_ns: int = 0
+    flags: int = 0
 
 
 def write_header(message: Tensor, header: Header) -> None:
@@ -33,6 +35,7 @@ def write_header(message: Tensor, header: Header) -> None:
         _MAGIC,
         _VERSION,
         header.step,
+        header.flags,
         header.source,
         header.sequence,
         header.payload_bytes,
@@ -44,13 +47,13 @@ def write_header(message: Tensor, header: Header) -> None:
 def read_header(message: Tensor) -> Header:
     """The header of a message; anything that `write_header` would not write raises `InputError`."""
     data = bytes(message[:HEADER_BYTES].cpu().numpy())
-    magic, version, step, source, sequence, payload_bytes, due_ns = _HEADER.unpack(data)
+    magic, version, step, flags, source, sequence, payload_bytes, due_ns = _HEADER.unpack(data)
     if magic != _MAGIC or version != _VERSION:
         raise InputError(
             f"A message begins with {_MAGIC!r} and version {_VERSION}, found {magic!r} and {version}: "
             "the other rank runs another Capstan, or sends something else. Update the older side."
         )
-    return Header(source, sequence, step, payload_bytes, due_ns)
+    return Header(source, sequence, step, payload_bytes, due_ns, flags)
 
 
 def check_header(message: Tensor, wanted: Header, *, about: str) -> Header:
