@@ -5,6 +5,8 @@ Source: arXiv 2111.05897.
 
 from capstan.recommendation.admission import Frequency, LeastRecent, Probability, TimeToLive
 from capstan.recommendation.bags import Bags
+from capstan.recommendation.batch_reader import read_bags
+from capstan.recommendation.hybrid_embedding import HybridEmbedding, StalenessCounts
 from capstan.recommendation.optimizers import Adagrad, Adam, RowWiseAdagrad, Sgd
 from capstan.recommendation.table import EmbeddingTable, Lookup, TableCounts
 
@@ -14,11 +16,14 @@ __all__ = [
     "Bags",
     "EmbeddingTable",
     "Frequency",
+    "HybridEmbedding",
     "LeastRecent",
     "Lookup",
     "Probability",
     "RowWiseAdagrad",
     "Sgd",
+    "StalenessCounts",
     "TableCounts",
     "TimeToLive",
+    "read_bags",
 ]
