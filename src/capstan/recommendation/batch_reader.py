@@ -17,8 +17,8 @@ def read_bags(batch: Any, slots: Sequence[str]) -> dict[str, Bags]:
 
     Args:
         batch: an object with `keys()`, `values()` and `lengths()` or `offsets()`, key after key as in a
-            KeyedJaggedTensor; an Arrow table or record batch; or a mapping from slot to (values, offsets),
-            to an Arrow column of integers or lists, or to an array with one ID a sample.
+            KeyedJaggedTensor; an Arrow table or record batch; or a mapping from slot to `Bags`, to
+            (values, offsets), to an Arrow column of integers or lists, or to an array with one ID a sample.
 
     Raises:
         InputError: a slot is missing, IDs are not IDs, or slots have different numbers of samples.
@@ -81,6 +81,8 @@ def _keyed_jagged(batch: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _bags(column: Any, slot: str) -> Bags:
+    if isinstance(column, Bags):
+        return column
     if isinstance(column, tuple) and len(column) == 2:
         return Bags.of(column[0], column[1], slot=slot)
     if hasattr(column, "combine_chunks"):  # of a chunked Arrow array

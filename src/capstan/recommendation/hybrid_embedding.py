@@ -1,6 +1,7 @@
 """Embedding tables as a layer of a PyTorch model: rows may be updated late, by a stated number of steps."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -100,6 +101,7 @@ class HybridEmbedding(nn.Module):
         self._held: deque[_Batch] = deque()
         self._looked_up = self._applied = self._discarded = self._peak = 0
         self._tables_lock = threading.Lock()
+        self.rows_s = 0.0  # what lookups for training and updates took
         self._worker = UpdateWorker(staleness, patience_s=patience_s)
 
     # --- an ordinary loop ------------------------------------------------------------------------------
@@ -202,18 +204,22 @@ class HybridEmbedding(nn.Module):
 
     def _update_rows(self, batch: _Batch) -> None:
         with self._tables_lock:
+            started_s = time.perf_counter()
             for slot, gradient in batch.gradients.items():
                 self.tables[slot].apply_gradients(batch.lookups[slot], gradient.numpy())
+            self.rows_s += time.perf_counter() - started_s
         self._applied += 1
 
     def _look_up(self, bags: Mapping[str, Bags], trains: bool) -> dict[str, tuple[np.ndarray, Lookup]]:
         found = {}
         with self._tables_lock:
+            started_s = time.perf_counter()
             for slot, each in bags.items():
                 pooling = self.pooling[slot]
                 if pooling == RAW:
                     each, pooling = Bags.of(each.ids, slot=slot), "sum"
                 found[slot] = self.tables[slot].lookup(each, pooling=pooling, trains=trains)
+            self.rows_s += time.perf_counter() - started_s if trains else 0.0
         return found
 
     # --- keeping ---------------------------------------------------------------------------------------

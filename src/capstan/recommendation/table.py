@@ -47,7 +47,7 @@ class Lookup:
 
 
 class TableCounts(NamedTuple):
-    """What happened since the table was made. Rows read and updated are distinct IDs of each batch."""
+    """What happened since the table was made. Rows read (for training) and updated are distinct IDs."""
 
     rows: int
     inserted: int
@@ -103,7 +103,7 @@ class EmbeddingTable:
         self._late = self._rows_read = self._rows_updated = 0
         self.stride = dim + self.optimizer.state_floats(dim)
         self._slab = row_memory(capacity, self.stride, folder)
-        self._cells = np.empty(_power_of_two(capacity + capacity // 2 + 1), dtype=CELL)
+        self._cells = np.empty(_num_cells(capacity), dtype=CELL)
         self._row_ids = np.zeros(capacity, dtype=np.uint64)
         self._order = [np.empty(capacity, dtype=kind) for kind in (np.int32, np.int32, np.int64)]
         self._order = self._order if eviction else []
@@ -162,7 +162,8 @@ class EmbeddingTable:
         )  # fmt: skip
         if state in (TABLE_FULL, BATCH_TOO_LARGE):
             raise self._does_not_fit(found, evicts=state == BATCH_TOO_LARGE)
-        self._rows_read += int(np.count_nonzero(found.rows != NO_ROW))
+        if trains:
+            self._rows_read += int(np.count_nonzero(found.rows != NO_ROW))
         pooled = np.empty((bags.num_samples, self.dim), dtype=np.float32)
         self._kernels.capstan_pool(
             ctypes.byref(self._fields), address_of(found.rows), address_of(found.inverse),
@@ -240,10 +241,15 @@ class EmbeddingTable:
         return int(self._fields.inserted - self._fields.evicted - self._fields.expired)
 
     @property
-    def size_bytes(self) -> int:
-        """Memory of a table of this capacity, when all of it is used."""
-        arrays = (self._slab, self._cells, self._row_ids, self._seen, *self._order)
+    def index_bytes(self) -> int:
+        """Memory of everything but the rows."""
+        arrays = (self._cells, self._row_ids, self._seen, *self._order)
         return sum(array.nbytes for array in arrays if array is not None)
+
+    @property
+    def rows_bytes(self) -> int:
+        """Memory, or disk, of the rows that are there."""
+        return 4 * self.stride * len(self)
 
     @property
     def counts(self) -> TableCounts:
@@ -254,10 +260,7 @@ class EmbeddingTable:
 
     def rows_of(self, ids: Any) -> np.ndarray:
         """The embeddings of IDs, float32 `[ids, dim]`; zeros for an ID without a row. Changes nothing."""
-        read = self._rows_read
-        pooled, _ = self.lookup(Bags.of(ids, slot=self.name), trains=False)
-        self._rows_read = read
-        return pooled
+        return self.lookup(Bags.of(ids, slot=self.name), trains=False)[0]
 
     def initial_row(self, identity: int) -> np.ndarray:
         """What the row of an ID is when it is made: embedding and optimizer state."""
@@ -325,6 +328,17 @@ class EmbeddingTable:
 def row_bytes(dim: int, optimizer: RowOptimizer) -> int:
     """Bytes of one row: embedding and optimizer state."""
     return 4 * (dim + optimizer.state_floats(dim))
+
+
+def index_bytes(capacity: int, *, evicts: bool = False, counts: bool = False) -> int:
+    """Memory of the index of a table: cells, an ID a row, order of use, and counts for admission."""
+    cells = CELL.itemsize * _num_cells(capacity)
+    sketch = _power_of_two(_SKETCH_PER_ROW * capacity) if counts else 0
+    return cells + 8 * capacity + (16 * capacity if evicts else 0) + sketch
+
+
+def _num_cells(capacity: int) -> int:
+    return _power_of_two(capacity + capacity // 2 + 1)
 
 
 def _power_of_two(at_least: int) -> int:
