@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from capstan.errors import InputError, UsageError, unknown_name
 from capstan.recommendation.bags import Bags
 from capstan.recommendation.batch_reader import read_bags
+from capstan.recommendation.kernels import is_finite
 from capstan.recommendation.table import POOLINGS, EmbeddingTable, Lookup
 from capstan.recommendation.update_worker import UpdateWorker
 
@@ -141,7 +142,7 @@ class HybridEmbedding(nn.Module):
         if self._open is None or not self._open.gradients:
             raise UsageError("step() has nothing to apply: call it after backward, once for each batch.")
         for slot, gradient in self._open.gradients.items():
-            if not bool(torch.isfinite(gradient).all()):
+            if not is_finite(gradient.numpy()):
                 raise InputError(
                     f"The gradient of slot {slot!r} is not finite. Lower the learning rate or the loss's "
                     "scale; discard() goes on without this batch."
@@ -258,7 +259,11 @@ class _Rows(torch.autograd.Function):
         for slot, gradient in zip(ctx.slots, gradients, strict=True):
             if gradient is not None:
                 # A copy: autograd may give out memory that it uses again.
-                kept[slot] = kept[slot] + gradient if slot in kept else gradient.clone()
+                kept[slot] = (
+                    kept[slot] + gradient
+                    if slot in kept
+                    else gradient.clone(memory_format=torch.contiguous_format)
+                )
         return None, None, None
 
 

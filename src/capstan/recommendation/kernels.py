@@ -71,12 +71,18 @@ def kernels() -> Any:
         "insert": (None, (address, address, count, address, address)),
         "live_rows": (count, (address, address)),
         "pool": (None, (*4 * (address,), count, small, address, count, small)),
+        "is_finite": (ctypes.c_int, (address, count)),
         "update": (count, (*4 * (address,), count, *3 * (address,), small, address, count, small)),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, f"capstan_{name}")
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether no element of a contiguous float32 array is infinite or NaN."""
+    return bool(kernels().capstan_is_finite(address_of(values), values.size))
 
 
 def address_of(array: np.ndarray | None) -> int | None:

@@ -16,7 +16,7 @@
 #include <string.h>
 
 #define AHEAD 12         /* probes whose cell is asked for before it is needed */
-#define ROWS_AHEAD 4     /* the same for rows */
+#define ROWS_AHEAD 10     /* the same for rows */
 #define MOST_THREADS 64
 #define WORTH_A_THREAD 32768 /* floats: below, starting one takes longer */
 #define NONE -1
@@ -406,6 +406,12 @@ static void update_rows(Job *job) {
         apply(job->rule, table->slab + row * table->stride, g, dim);
     }
     free(g);
+}
+
+int capstan_is_finite(const uint32_t *patterns, int64_t count) {
+    uint32_t found = 0;
+    for (int64_t i = 0; i < count; i++) found |= (patterns[i] & 0x7f800000u) == 0x7f800000u;
+    return !found;
 }
 
 /* Sum the gradients of each distinct ID and apply them. Returns how many rows had gone, or -1: no memory. */
