@@ -102,7 +102,7 @@ class HybridEmbedding(nn.Module):
         self._held: deque[_Batch] = deque()
         self._looked_up = self._applied = self._discarded = self._peak = 0
         self._tables_lock = threading.Lock()
-        self.rows_s = 0.0  # what lookups for training and updates took
+        self.lookups_s = self.updates_s = 0.0  # what training's lookups and updates took
         self._worker = UpdateWorker(staleness, patience_s=patience_s)
 
     # --- an ordinary loop ------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ class HybridEmbedding(nn.Module):
             started_s = time.perf_counter()
             for slot, gradient in batch.gradients.items():
                 self.tables[slot].apply_gradients(batch.lookups[slot], gradient.numpy())
-            self.rows_s += time.perf_counter() - started_s
+            self.updates_s += time.perf_counter() - started_s
         self._applied += 1
 
     def _look_up(self, bags: Mapping[str, Bags], trains: bool) -> dict[str, tuple[np.ndarray, Lookup]]:
@@ -220,7 +220,7 @@ class HybridEmbedding(nn.Module):
                 if pooling == RAW:
                     each, pooling = Bags.of(each.ids, slot=slot), "sum"
                 found[slot] = self.tables[slot].lookup(each, pooling=pooling, trains=trains)
-            self.rows_s += time.perf_counter() - started_s if trains else 0.0
+            self.lookups_s += time.perf_counter() - started_s if trains else 0.0
         return found
 
     # --- keeping ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from capstan.recommendation.table import index_bytes, row_bytes
 from capstan.recommendation.training_config import RecommenderConfig, row_optimizer
 
 TO_NETWORK, TO_TABLE = link_name("tables", "network"), link_name("network", "tables")
-MEMORY, PROCESSOR = "memory", "processor"
+PROCESSOR = "processor"
 _FLOPS_PER_MULTIPLICATION = 6  # two forward, two for the input's gradient, two for the weight's
 
 
@@ -86,10 +86,10 @@ def plan_training(
 ) -> Plan:
     """Seconds, bytes and memory of training.
 
-        memory     (Σ distinct (4 D + 2 row) + 8 D samples) / bandwidth: read for the lookup, read and
-                   written for the update, pooled vectors out and gradients back
-        processor  6 multiplications a weight and sample / rate of large matrix products
-        sync       memory + processor; hybrid and async: the larger, if there is more than one core
+        tables->network  (4 D distinct + 4 D samples) / bandwidth: rows read, pooled vectors written
+        network->tables  (2 row distinct + 4 D samples) / bandwidth: rows read and written, gradients read
+        processor        6 operations a weight and sample / rate of large matrix products
+        sync             all three; hybrid and async: the rows or the processor, if there is a second core
 
     Both are bounds that are not reached: rows are scattered and a recommender's matrices small.
 
@@ -99,7 +99,8 @@ def plan_training(
     """
     _require_trainable(config, workload, batch_size)
     rows = {slot: min(workload.rows[slot], most) for slot, most in capacities(config, workload).items()}
-    memory_s, processor_s = _epoch_seconds(config, workload, machine)
+    busy_s = _epoch_seconds(config, workload, machine)
+    memory_s, processor_s = busy_s[TO_NETWORK] + busy_s[TO_TABLE], busy_s[PROCESSOR]
     overlaps = mode != "sync" and staleness > 1 and machine.cores > 1
     seconds = {"sync": memory_s + processor_s, "late": max(memory_s, processor_s)}
     table_bytes = tables_bytes(config, workload, rows, with_rows=not on_disk)
@@ -119,7 +120,7 @@ def plan_training(
             Phase(
                 name="train",
                 seconds=epochs * seconds["late" if overlaps else "sync"],
-                busy_s={MEMORY: epochs * memory_s, PROCESSOR: epochs * processor_s},
+                busy_s={name: epochs * each_s for name, each_s in busy_s.items()},
                 traffic=epochs * traffic,
                 counts={
                     "samples": epochs * workload.num_samples,
@@ -144,7 +145,7 @@ def plan_training(
             "batch_size": batch_size,
             "capacity": capacities(config, workload),
         },
-        bound=f"{MEMORY if memory_s > processor_s else PROCESSOR}: the time of an epoch is at least "
+        bound=f"the {'memory' if memory_s > processor_s else 'processor'}: an epoch takes at least "
         f"{max(memory_s, processor_s):.3g} s",
         alternatives=(
             Alternative(name="sync", seconds=epochs * seconds["sync"], reason="rows and network one by one"),
@@ -167,18 +168,19 @@ def _require_trainable(config: RecommenderConfig, workload: Workload, batch_size
         )
 
 
-def _epoch_seconds(config: RecommenderConfig, workload: Workload, machine: Machine) -> tuple[float, float]:
-    moved = 0
+def _epoch_seconds(config: RecommenderConfig, workload: Workload, machine: Machine) -> dict[str, float]:
+    looked_up = updated = 0
     for slot, settings in config.slots.items():
         row = row_bytes(settings.dim, row_optimizer(settings.optimizer))
-        moved += workload.distinct[slot] * (4 * settings.dim + 2 * row)
-        moved += 8 * settings.dim * workload.num_samples
+        pooled = 4 * settings.dim * workload.num_samples
+        looked_up += 4 * settings.dim * workload.distinct[slot] + pooled
+        updated += 2 * row * workload.distinct[slot] + pooled
     embedded = sum(settings.dim for settings in config.slots.values())
     weights = multiplications(config.network, num_embedded=embedded, num_dense=len(config.dense))
     flops = _FLOPS_PER_MULTIPLICATION * weights * workload.num_samples
     bandwidth = machine.device("host").memory_bandwidth_bytes_per_s
     rate = machine.device("device").matmul_flops_per_s["float32"]
-    return moved / bandwidth, flops / rate
+    return {TO_NETWORK: looked_up / bandwidth, TO_TABLE: updated / bandwidth, PROCESSOR: flops / rate}
 
 
 def tables_bytes(

@@ -165,7 +165,7 @@ def read_recommender(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise InputError(f"{path} is not a trained recommender: {error}.") from error
+        raise InputError(f"{path} is not there, or is not a trained recommender.") from error
     if not isinstance(state, dict) or (state.get("format"), state.get("version")) != (_FORMAT, _VERSION):
         raise InputError(f"{path} is not a trained recommender of version {_VERSION}.")
     return state

@@ -12,8 +12,9 @@ from capstan.recommendation.area_under_curve import area_under_curve
 from capstan.recommendation.click_log import ClickLog
 from capstan.recommendation.hybrid_embedding import StalenessCounts
 from capstan.recommendation.planner import (
-    MEMORY,
     PROCESSOR,
+    TO_NETWORK,
+    TO_TABLE,
     Workload,
     capacities,
     count_workload,
@@ -147,7 +148,8 @@ class Training:
             name="train",
             seconds=recommender.clock.epochs_s,
             busy_s={
-                MEMORY: recommender.embedding.rows_s,
+                TO_NETWORK: recommender.embedding.lookups_s,
+                TO_TABLE: recommender.embedding.updates_s,
                 PROCESSOR: recommender.clock.network_s,
             },
             traffic=traffic_of(
