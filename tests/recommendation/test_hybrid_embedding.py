@@ -39,13 +39,16 @@ def network():
     return nn.Sequential(nn.Linear(2 * DIM, 16), nn.ReLU(), nn.Linear(16, 1))
 
 
-def trained(embedding, count=30):
+def trained(embedding, count=30, *, prefetches=False):
     """Losses, and rows of every ID at the end."""
     dense = network()
     optimizer = torch.optim.SGD(dense.parameters(), lr=0.1)
     losses = []
-    for batch, labels in batches(count):
+    told = list(batches(count))
+    for number, (batch, labels) in enumerate(told, start=1):
         out = dense(torch.cat(list(embedding(batch).values()), 1))[:, 0]
+        if prefetches and number < count:
+            embedding.prefetch(told[number][0])
         loss = nn.functional.binary_cross_entropy_with_logits(out, labels)
         optimizer.zero_grad()
         loss.backward()
@@ -106,7 +109,7 @@ def simulated(staleness, count=30):
             for slot, (lookup, gradient) in waiting.pop(0).items():
                 embedding.tables[slot].apply_gradients(lookup, gradient)
         outputs = embedding(batch)
-        lookups = embedding._open.lookups
+        lookups = {slot: lookup for slot, (_, lookup) in embedding._open.found.items()}
         loss = nn.functional.binary_cross_entropy_with_logits(
             dense(torch.cat(list(outputs.values()), 1))[:, 0], labels
         )
@@ -130,7 +133,7 @@ def test_a_hybrid_lookup_reads_the_updates_up_to_tau_batches_ago_and_no_later_on
 
 @pytest.mark.parametrize("mode", ["sync", "hybrid", "async"])
 @pytest.mark.parametrize("staleness", [1, 2, 7])
-@pytest.mark.parametrize("path", ["numpy", "raw", "unused", "evaluated", "abandoned"])
+@pytest.mark.parametrize("path", ["numpy", "raw", "unused", "evaluated", "abandoned", "prefetched"])
 def test_never_more_than_tau_batches_are_in_flight_on_any_path(mode, staleness, path):
     if mode == "sync" and staleness > 1:
         with pytest.raises(UsageError, match="synchronous training is 1"):
@@ -148,8 +151,11 @@ def test_never_more_than_tau_batches_are_in_flight_on_any_path(mode, staleness, 
         update_rows(batch)
 
     embedding._update_rows = slow
-    for number, (batch, _) in enumerate(batches(20)):
+    told = [batch for batch, _ in batches(20)]
+    for number, batch in enumerate(told):
         outputs = embedding(batch)
+        if path == "prefetched" and staleness > 1 and number < 19:
+            embedding.prefetch(told[number + 1])
         in_flight.append(embedding.staleness_counts.in_flight)
         if path == "abandoned" and number % 3 == 0:
             continue
@@ -165,6 +171,32 @@ def test_never_more_than_tau_batches_are_in_flight_on_any_path(mode, staleness, 
     assert counts.looked_up == 20 == counts.applied + counts.discarded
     if mode == "hybrid" and path == "numpy":
         assert counts.peak_in_flight == staleness
+
+
+@pytest.mark.parametrize("staleness", [2, 5])
+def test_a_prefetched_batch_reads_what_it_would_have_read_later(staleness):
+    losses, rows = trained(layer(mode="hybrid", staleness=staleness), prefetches=True)
+    later_losses, later_rows = trained(layer(mode="hybrid", staleness=staleness))
+    assert losses == later_losses
+    assert all(np.array_equal(rows[name], later_rows[name]) for name in rows)
+
+
+def test_prefetching_out_of_order_is_named():
+    embedding = layer(mode="hybrid", staleness=2)
+    (first, _), (second, _) = batches(2)
+    with pytest.raises(UsageError, match="between forward and step"):
+        embedding.prefetch(first)
+    out = embedding(first)
+    embedding.prefetch(second)
+    with pytest.raises(UsageError, match="takes one batch"):
+        embedding.prefetch(second)
+    out["item"].sum().backward()
+    embedding.step()
+    with pytest.raises(UsageError, match="the same object"):
+        embedding(first)
+    embedding(second)
+    with pytest.raises(UsageError, match="staleness of 2 or more"):
+        layer().prefetch(first)
 
 
 def test_a_slot_that_the_loss_does_not_use_is_not_updated():

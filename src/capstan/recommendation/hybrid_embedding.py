@@ -38,7 +38,8 @@ class _Batch:
     """A training batch between its lookup and its update."""
 
     number: int
-    lookups: dict[str, Lookup]
+    source: Any
+    found: dict[str, tuple[np.ndarray, Lookup]] | None = None
     is_stepped: bool = False
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
@@ -99,11 +100,12 @@ class HybridEmbedding(nn.Module):
         self.mode, self.staleness = mode, staleness
         self._anchor = torch.zeros((), requires_grad=True)  # what autograd follows to our backward
         self._open: _Batch | None = None
+        self._ahead: _Batch | None = None
         self._held: deque[_Batch] = deque()
-        self._looked_up = self._applied = self._discarded = self._peak = 0
+        self._scheduled = self._looked_up = self._applied = self._discarded = self._peak = 0
         self._tables_lock = threading.Lock()
         self.lookups_s = self.updates_s = 0.0  # what training's lookups and updates took
-        self._worker = UpdateWorker(staleness, patience_s=patience_s)
+        self._worker = UpdateWorker(staleness + 1, patience_s=patience_s)
 
     # --- an ordinary loop ------------------------------------------------------------------------------
 
@@ -114,23 +116,36 @@ class HybridEmbedding(nn.Module):
             InputError, UsageError: what `read_bags` says; or the last batch's gradients wait for `step()`.
             DoesNotFit: a table is full.
         """
-        bags = read_bags(batch, list(self.tables))
         if not (self.training and torch.is_grad_enabled()):
+            bags = read_bags(batch, list(self.tables))
             self.flush()
             return {
                 slot: torch.from_numpy(pooled) for slot, (pooled, _) in self._look_up(bags, False).items()
             }
-        self._start()
-        found = self._look_up(bags, True)
-        self._looked_up += 1
-        self._peak = max(self._peak, self._in_flight)
-        lookups = {slot: lookup for slot, (_, lookup) in found.items()}
-        self._open = _Batch(number=self._looked_up, lookups=lookups)
+        self._open = self._looked_up_now(batch) if self._ahead is None else self._looked_up_ahead(batch)
         self._release()
-        outputs = _Rows.apply(  # type: ignore[no-untyped-call]
-            self._anchor, self._open, {slot: pooled for slot, (pooled, _) in found.items()}
-        )
-        return dict(zip(found, outputs, strict=True))
+        outputs = _Rows.apply(self._anchor, self._open)  # type: ignore[no-untyped-call]
+        return dict(zip(self.tables, outputs, strict=True))
+
+    def prefetch(self, batch: Any) -> None:
+        """Look up the next batch in the background, while the network computes this one.
+
+        Call it between `forward` and `step`, and give `forward` the same object next. It reads what it
+        would have read then: results do not change.
+
+        Raises:
+            UsageError: with a staleness of 1 the next batch reads this one's update, so it must wait.
+        """
+        if self.staleness < 2:
+            raise UsageError(
+                "prefetch() needs a staleness of 2 or more: the next batch would miss this one's."
+            )
+        if self._ahead is not None or self._open is None:
+            raise UsageError("prefetch() takes one batch, between forward and step of the batch before.")
+        bags = read_bags(batch, list(self.tables))
+        self._scheduled += 1
+        self._ahead = ahead = _Batch(number=self._scheduled, source=batch)
+        self._worker.submit(lambda: self._look_up_for(ahead, bags))
 
     def step(self) -> None:
         """Hand the gradients of the last batch to the tables. Call it where the optimizer's step is called.
@@ -182,18 +197,46 @@ class HybridEmbedding(nn.Module):
     def _in_flight(self) -> int:
         return self._looked_up - self._applied - self._discarded
 
-    def _start(self) -> None:
-        """Before a training lookup: fewer than τ batches in flight, and none half done."""
-        if self._open is not None and self._open.gradients:
-            raise UsageError("The last batch's gradients were not applied. Call step(), or discard() them.")
-        self.discard()
+    def _looked_up_now(self, source: Any) -> _Batch:
+        """Look up, with fewer than τ batches in flight and none half done."""
+        bags = read_bags(source, list(self.tables))
+        self._finish_last()
         self._worker.wait_for(lambda: self._in_flight < self.staleness)
         if self.mode != "async":  # what may be applied by now, is
             self._worker.drain()
+        self._scheduled += 1
+        batch = _Batch(number=self._scheduled, source=source)
+        try:
+            self._look_up_for(batch, bags)
+        except BaseException:
+            self._scheduled -= 1
+            raise
+        return batch
+
+    def _looked_up_ahead(self, source: Any) -> _Batch:
+        ahead = self._ahead
+        assert ahead is not None
+        if ahead.source is not source:
+            raise UsageError("forward() was given another batch than prefetch(). Give it the same object.")
+        self._finish_last()
+        self._worker.wait_for(lambda: ahead.found is not None)
+        self._ahead = None
+        return ahead
+
+    def _finish_last(self) -> None:
+        if self._open is not None and self._open.gradients:
+            raise UsageError("The last batch's gradients were not applied. Call step(), or discard() them.")
+        self.discard()
+
+    def _look_up_for(self, batch: _Batch, bags: Mapping[str, Bags]) -> None:
+        found = self._look_up(bags, True)
+        self._looked_up += 1
+        self._peak = max(self._peak, self._in_flight)
+        batch.found = found
 
     def _release(self) -> None:
         """Apply what the next lookup is to read: all but the last τ - 1 batches."""
-        newest = self._looked_up if self.mode == "async" else self._looked_up + 1 - self.staleness
+        newest = self._scheduled if self.mode == "async" else self._scheduled + 1 - self.staleness
         while self._held and self._held[0].number <= newest:
             self._hand_over(self._held.popleft())
 
@@ -204,10 +247,11 @@ class HybridEmbedding(nn.Module):
             self._worker.submit(lambda: self._update_rows(batch))
 
     def _update_rows(self, batch: _Batch) -> None:
+        assert batch.found is not None
         with self._tables_lock:
             started_s = time.perf_counter()
             for slot, gradient in batch.gradients.items():
-                self.tables[slot].apply_gradients(batch.lookups[slot], gradient.numpy())
+                self.tables[slot].apply_gradients(batch.found[slot][1], gradient.numpy())
             self.updates_s += time.perf_counter() - started_s
         self._applied += 1
 
@@ -233,7 +277,10 @@ class HybridEmbedding(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Rows from `get_extra_state`."""
         self.flush()
-        self._open = None
+        self.discard()
+        if self._ahead is not None:
+            self._ahead = None
+            self._discarded += 1
         if set(state) != set(self.tables):
             raise InputError(
                 f"The slots here are {', '.join(self.tables)}, but {', '.join(state)} were to be loaded."
@@ -246,13 +293,14 @@ class _Rows(torch.autograd.Function):
     """Identity on pooled rows; backward leaves their gradients with the batch."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, batch: _Batch, pooled: dict[str, np.ndarray]) -> tuple[Tensor, ...]:
-        ctx.batch, ctx.slots = batch, tuple(pooled)
+    def forward(ctx: Any, anchor: Tensor, batch: _Batch) -> tuple[Tensor, ...]:
+        assert batch.found is not None
+        ctx.batch, ctx.slots = batch, tuple(batch.found)
         ctx.set_materialize_grads(False)
-        return tuple(torch.from_numpy(array) for array in pooled.values())
+        return tuple(torch.from_numpy(pooled) for pooled, _ in batch.found.values())
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None]:
         if ctx.batch.is_stepped:
             raise UsageError("The rows of this batch were updated already. Call backward before step().")
         kept = ctx.batch.gradients
@@ -264,7 +312,7 @@ class _Rows(torch.autograd.Function):
                     if slot in kept
                     else gradient.clone(memory_format=torch.contiguous_format)
                 )
-        return None, None, None
+        return None, None
 
 
 def _poolings(pooling: str | Mapping[str, str], slots: list[str]) -> dict[str, str]:

@@ -87,15 +87,21 @@ class Recommender:
         self.network.train()
         started_s = time.perf_counter()
         total = 0.0
-        for samples in log.batches(batch_size):
-            total += self._train_batch(samples) * len(samples.labels)
+        batches = log.batches(batch_size)
+        samples = next(batches, None)
+        while samples is not None:
+            following = next(batches, None)
+            total += self._train_batch(samples, following) * len(samples.labels)
+            samples = following
         self.embedding.flush()
         self.clock.epochs_s += time.perf_counter() - started_s
         self.epochs_done += 1
         return total / max(1, log.num_samples)
 
-    def _train_batch(self, samples: Samples) -> float:
+    def _train_batch(self, samples: Samples, following: Samples | None) -> float:
         pooled = self.embedding(samples.bags)
+        if following is not None and self.embedding.staleness > 1:
+            self.embedding.prefetch(following.bags)
         started_s = time.perf_counter()
         logits = self._logits(pooled, samples)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(samples.labels))
