@@ -1,5 +1,6 @@
 """Rows by ID: which are made, what they hold, which go, and that nothing takes another's gradient."""
 
+import copy
 import resource
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capstan.errors import DoesNotFit, InputError, UsageError
+from capstan.hardware.free_memory import Amount
 from capstan.recommendation import (
     Adagrad,
     Adam,
@@ -311,7 +313,33 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         EmbeddingTable(16, capacity=10, folder=tmp_path / "nowhere")
 
 
-def test_more_memory_than_there_is_is_refused():
+def test_an_index_larger_than_memory_is_refused_before_it_is_written(monkeypatch):
+    monkeypatch.setattr("capstan.recommendation.table.free_host_memory", lambda: Amount(10_000, None))
+    with pytest.raises(
+        DoesNotFit, match="index of table 'table' for 1,000 rows needs 40,768 bytes.*10,000 are"
+    ):
+        EmbeddingTable(1, capacity=1000)
+
+
+def test_a_table_is_not_copied_behind_its_back():
+    table = EmbeddingTable(1, capacity=2)
+    for copying in (copy.copy, copy.deepcopy):
+        with pytest.raises(UsageError, match="cannot be copied"):
+            copying(table)
+
+
+def test_no_samples_and_no_ids_are_a_batch_too():
+    table = EmbeddingTable(3, capacity=2)
+    for bags, shape in ((Bags.of([]), (0, 3)), (Bags.of([], [0, 0, 0]), (2, 3))):
+        pooled, lookup = table.lookup(bags)
+        assert pooled.shape == shape
+        assert not pooled.any()
+        table.apply_gradients(lookup, pooled)
+    assert len(table) == 0
+
+
+def test_more_memory_than_addresses_is_refused(monkeypatch):
+    monkeypatch.setattr("capstan.recommendation.table.free_host_memory", lambda: Amount(2**60, None))
     with pytest.raises(DoesNotFit, match="Lower capacity"):
         EmbeddingTable(1 << 16, capacity=2**31 - 1)
 

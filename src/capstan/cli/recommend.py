@@ -39,7 +39,9 @@ ModeOption = Annotated[
 ]
 StalenessOption = Annotated[int, typer.Option(min=1, help="Batches in flight at most; 1 is in step.")]
 SeedOption = Annotated[int, typer.Option(help="Rows and network start from this.")]
-MemoryOption = Annotated[str | None, typer.Option(help="Memory granted to the tables, as 8GiB.")]
+MemoryOption = Annotated[
+    str | None, typer.Option(help="Memory granted to the tables, as 8GiB; by default what is free.")
+]
 DiskOption = Annotated[
     Path | None, typer.Option("--disk", help="A folder on whose disk the rows rest, mapped into memory.")
 ]
@@ -81,6 +83,7 @@ def train(
     # Imported here: torch takes seconds.
     from capstan.errors import unknown_name
     from capstan.hardware import this_machine
+    from capstan.hardware.free_memory import free_host_memory
     from capstan.plans import compare, parse_bytes
     from capstan.plans import explain as explain_plan
     from capstan.recommendation.hybrid_embedding import MODES
@@ -99,7 +102,7 @@ def train(
         mode=mode,
         staleness=staleness,
         seed=seed,
-        memory_bytes=None if memory is None else parse_bytes(memory),
+        memory_bytes=parse_bytes(memory) if memory else free_host_memory().value,
         folder=disk,
         output=output,
     )

@@ -4,11 +4,12 @@ import ctypes
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from capstan.errors import DoesNotFit, InputError, UsageError, unknown_name
+from capstan.hardware.free_memory import free_host_memory
 from capstan.recommendation.admission import Admission, Eviction, Frequency, Probability, TimeToLive
 from capstan.recommendation.bags import Bags
 from capstan.recommendation.kernels import (
@@ -102,6 +103,7 @@ class EmbeddingTable:
         self.updates = 0
         self._late = self._rows_read = self._rows_updated = 0
         self.stride = dim + self.optimizer.state_floats(dim)
+        _require_room(name, capacity, index_bytes(capacity, evicts=eviction is not None))
         self._slab = row_memory(capacity, self.stride, folder)
         self._cells = np.empty(_num_cells(capacity), dtype=CELL)
         self._row_ids = np.zeros(capacity, dtype=np.uint64)
@@ -268,6 +270,12 @@ class EmbeddingTable:
         self._kernels.capstan_initial(ctypes.byref(self._fields), identity, address_of(row))
         return row
 
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            f"Table {self.name!r} cannot be copied or pickled: its index points into its memory. Make "
+            "another one and give it state_dict()."
+        )
+
     # --- keeping ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -323,6 +331,16 @@ class EmbeddingTable:
         if self._seen is not None:
             self._seen[:] = 0
         self.step = self.updates = self._late = self._rows_read = self._rows_updated = 0
+
+
+def _require_room(name: str, capacity: int, index: int) -> None:
+    """The index is written whole at once, unlike the rows: what does not fit would end the process."""
+    free = free_host_memory().value
+    if index > free:
+        raise DoesNotFit(
+            f"The index of table {name!r} for {capacity:,} rows needs {index:,} bytes of memory and "
+            f"{free:,} are free. Lower its capacity."
+        )
 
 
 def row_bytes(dim: int, optimizer: RowOptimizer) -> int:
