@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from capstan.errors import InputError, TimeoutExpired, UsageError
+from capstan.errors import DoesNotFit, InputError, TimeoutExpired, UsageError
 from capstan.recommendation import Adagrad, Adam, EmbeddingTable, HybridEmbedding, LeastRecent, Sgd
 
 DIM, IDS, SAMPLES = 8, 60, 32
@@ -260,6 +260,24 @@ def test_an_error_in_the_background_surfaces_and_stays():
         embedding.flush()
     with pytest.raises(OSError, match="the disk is gone"):
         embedding.close()
+
+
+@pytest.mark.parametrize("mode", ["sync", "hybrid", "async"])
+def test_a_lookup_that_fails_is_an_error_and_leaves_nothing_in_flight(mode):
+    table = EmbeddingTable(1, capacity=2, optimizer=Sgd(lr=1.0))
+    embedding = HybridEmbedding({"a": table}, mode=mode)
+    for ids in ([1], [1, 2, 3], [1, 2]):
+        try:
+            out = embedding({"a": ids})["a"]
+        except DoesNotFit:
+            assert ids == [1, 2, 3]
+            continue
+        out.sum().backward()
+        embedding.step()
+    embedding.close()
+    assert table.rows_of([1])[0] == table.initial_row(1)[0] - np.float32(1) - np.float32(1)
+    counts = embedding.staleness_counts
+    assert (counts.looked_up, counts.applied, counts.in_flight) == (2, 2, 0)
 
 
 def test_waiting_for_the_background_has_a_bound():
