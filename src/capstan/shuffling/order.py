@@ -225,7 +225,9 @@ class Order:
                 kept = np.concatenate([kept, *(each.addresses() for each in pieces)])[keep]
             first += len(emit)
 
-    def _arrive(self, stream: int, index: int, count: int, arrived: int, size: int) -> tuple[Indices, Indices]:
+    def _arrive(
+        self, stream: int, index: int, count: int, arrived: int, size: int
+    ) -> tuple[Indices, Indices]:
         """What is emitted and kept when `count` rows arrive after `arrived` others at a buffer of `size`."""
         filling = min(count, max(0, size - arrived))
         key = (self.seed, self.epoch, _SLOTS, stream, index)
@@ -248,8 +250,11 @@ class Order:
         new_place[by_block] = np.arange(len(kept))
         held = kept[by_block]
         blocks, starts = np.unique(held[:, 0], return_index=True)
-        parts = np.split(held[:, 1], starts[1:])
-        again = [Piece(block=int(block), rows=rows) for block, rows in zip(blocks, parts, strict=True)]
+        ends = np.append(starts, len(held))[1:]
+        again = [
+            Piece(block=int(block), rows=held[start:end, 1])
+            for block, start, end in zip(blocks, starts, ends, strict=True)
+        ]
         arrived = sum(piece.num_rows for piece in pieces)
         place = np.append(new_place, np.arange(len(kept), len(kept) + arrived))
         return Refill(first=first, pieces=(*again, *pieces), emit=place[emit], keep=place[keep])
