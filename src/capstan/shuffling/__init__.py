@@ -9,20 +9,48 @@
 Importing it imports neither torch nor pyarrow.
 """
 
+from capstan.shuffling.clustering import (
+    Clustering,
+    advised_buffer,
+    block_variance_factor,
+    effective_rows,
+    look_at,
+)
+from capstan.shuffling.examples import Examples, choose_columns, survey
+from capstan.shuffling.linear_models import LinearModel
 from capstan.shuffling.order import STRATEGIES, Order, Piece, Refill, num_steps
+from capstan.shuffling.planner import Rates, Sample, measure_rates, plan_epoch, plan_training
 from capstan.shuffling.reading import Account, Batches, Share
 from capstan.shuffling.sources import FileBlocks, SizedBlocks, open_source
+from capstan.shuffling.training import Trained, Training, train
 
 __all__ = [
     "STRATEGIES",
     "Account",
     "Batches",
+    "Clustering",
+    "Examples",
     "FileBlocks",
+    "LinearModel",
     "Order",
     "Piece",
+    "Rates",
     "Refill",
+    "Sample",
     "Share",
     "SizedBlocks",
+    "Trained",
+    "Training",
+    "advised_buffer",
+    "block_variance_factor",
+    "choose_columns",
+    "effective_rows",
+    "look_at",
+    "measure_rates",
     "num_steps",
     "open_source",
+    "plan_epoch",
+    "plan_training",
+    "survey",
+    "train",
 ]

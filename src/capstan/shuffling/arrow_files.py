@@ -38,9 +38,10 @@ class ParquetBlocks(FileBlocks):
             group = self._metadata.row_group(at)
             for index in range(group.num_columns):
                 chunk = group.column(index)
-                if chunk.path_in_schema.partition(".")[0] in wanted:
-                    total += int(chunk.total_compressed_size)
-        return total
+                path: str = chunk.path_in_schema  # of a list: its name, ".list.element"
+                if path in wanted or path.partition(".")[0] in wanted:
+                    total += chunk.total_compressed_size
+        return int(total)
 
     def _read(self, block: int) -> dict[str, NDArray[np.generic]]:
         import pyarrow.parquet as pq
@@ -55,7 +56,7 @@ class ParquetBlocks(FileBlocks):
 
 
 class ArrowBlocks(FileBlocks):
-    """Record batches of an Arrow IPC file, memory-mapped where it is here. A block's bytes are its buffers'."""
+    """Record batches of an Arrow IPC file, memory-mapped if it is here. A block's bytes are its buffers'."""
 
     def __init__(self, file: RangedFile, rows_per_block: int | None, columns: Sequence[str] | None) -> None:
         require_extra("shuffling", "pyarrow")
@@ -122,8 +123,8 @@ def _as_arrays(file: RangedFile, table: Any, block: int) -> dict[str, NDArray[np
         column = table.column(name)
         if column.null_count:
             raise InputError(
-                f"Column {name!r} of {file} has {column.null_count} NULLs in block {block}. Fill them before, "
-                "or leave the column out."
+                f"Column {name!r} of {file} has {column.null_count} NULLs in block {block}. Fill them "
+                "before, or leave the column out."
             )
         found[name] = _as_array(file, name, column)
     return found
@@ -144,8 +145,8 @@ def _as_array(file: RangedFile, name: str, column: Any) -> NDArray[np.generic]:
     lengths = set(column.value_lengths().to_pylist())
     if len(lengths) != 1:
         raise InputError(
-            f"Lists of column {name!r} of {file} have {min(lengths)} to {max(lengths)} values; a feature needs "
-            "equally many in every row."
+            f"Lists of column {name!r} of {file} have {min(lengths)} to {max(lengths)} values; a feature "
+            "needs equally many in every row."
         )
     flat: NDArray[np.generic] = values.to_numpy(zero_copy_only=False)
     return flat.reshape(len(column), lengths.pop())

@@ -15,7 +15,8 @@ when divided by W: these are whole streams, so a rank reads its share only, and 
 every W. A block that lies across a cut is read by both streams.
 
 Source: CorgiPile (SIGMOD 2022), section on the two-level shuffle; baselines as it compares them.
-Differs: a buffer is filled by blocks, not by rows; the reservoir does not replay rows of the epoch before
+Differs: a buffer is filled by blocks, not by rows, and an epoch's buffers are equally large as far as blocks
+allow; the reservoir does not replay rows of the epoch before
 and emits what it holds at the end, so that every epoch visits each row once.
 """
 
@@ -130,7 +131,7 @@ class Order:
         return self._buffers(stream, start)
 
     def addresses(self) -> Indices:
-        """(rows, 2): block and row in the block of every position. For inspection; reading does not need it."""
+        """(rows, 2): block and row in the block of every position; reading does not need it."""
         found = np.empty((self.num_rows, 2), np.int64)
         for stream in range(self.num_streams):
             found[stream :: self.num_streams] = self.stream_addresses(stream)
@@ -189,9 +190,12 @@ class Order:
         yield Refill(first=0, pieces=tuple(self._pieces(stream)), emit=emit, keep=_NOTHING)
 
     def _buffers(self, stream: int, start: int) -> Iterator[Refill]:
-        first, whole, size = 0, self._pieces(stream), self.blocks_per_stream
-        for index, at in enumerate(range(0, len(whole), size)):
-            pieces = tuple(whole[at : at + size])
+        first, whole = 0, self._pieces(stream)
+        count_of_refills = -(-len(whole) // self.blocks_per_stream)
+        for index in range(count_of_refills):
+            # Evenly: a last buffer of a single block would end the epoch in one cluster.
+            low, high = (len(whole) * at // count_of_refills for at in (index, index + 1))
+            pieces = tuple(whole[low:high])
             count = sum(piece.num_rows for piece in pieces)
             if first + count > start:
                 emit = (

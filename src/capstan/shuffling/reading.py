@@ -45,8 +45,8 @@ class Share:
         for name, count in (("num_streams", self.order.num_streams), ("batch_size", self.batch_size)):
             if count % self.world_size:
                 raise UsageError(
-                    f"{name} is {count}, which {self.world_size} readers (ranks × workers) do not divide. Take "
-                    f"a multiple of {self.world_size}, or as many readers as divide it."
+                    f"{name} is {count}, which {self.world_size} readers (ranks × workers) do not divide. "
+                    f"Take a multiple of {self.world_size}, or as many readers as divide it."
                 )
 
     @property
@@ -89,7 +89,7 @@ def _first_row(position: int, stream: int, order: Order) -> int:
 
 @dataclass
 class Account:
-    """What reading did cost: bytes by `BlockSource`, blocks, seconds that it worked and that it was awaited."""
+    """What reading did cost: bytes, blocks, seconds that it worked and that it was awaited."""
 
     size_bytes: int = 0
     num_blocks: int = 0

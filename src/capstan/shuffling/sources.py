@@ -23,7 +23,7 @@ from capstan.shuffling.files import RangedFile
 from capstan.storage import BlockSource, Rows
 
 DEFAULT_BLOCKS = 500
-"""A table is cut into about so many blocks where its format leaves the choice, as in the paper's experiments."""
+"""Where its format leaves the choice a table is cut into about so many blocks, as many as in the paper."""
 
 
 @runtime_checkable
