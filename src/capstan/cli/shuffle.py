@@ -181,8 +181,10 @@ def doctor(
         }
         typer.echo(json.dumps(told))
         return
-    typer.echo(f"{found.verdict}: h_D {found.h_d:.1f}, which would be 1 for shuffled rows and up to "
-               f"{found.rows_per_block:.0f} for blocks of equal rows. {found.blocks_read} of {filled:,} were read.")  # fmt: skip
+    typer.echo(
+        f"{found.verdict}: h_D {found.h_d:.1f}, which would be 1 for shuffled rows and up to "
+        f"{found.rows_per_block:.0f} for blocks of equal rows. {found.blocks_read} of {filled:,} read."
+    )
     for count, value in worth.items():
         typer.echo(f"  a buffer of {count:,} blocks ({count / filled:.1%}) is worth {value:,.0f} random rows")
     typer.echo(_advice(found, asked))

@@ -6,8 +6,11 @@
         for rows in batches:
             ...
 
-Importing it imports neither torch nor pyarrow.
+Importing it imports neither torch nor pyarrow; the PyTorch dataset and loader bring torch when first named.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from capstan.shuffling.clustering import (
     Clustering,
@@ -24,6 +27,9 @@ from capstan.shuffling.reading import Account, Batches, Share
 from capstan.shuffling.sources import FileBlocks, SizedBlocks, open_source
 from capstan.shuffling.training import Trained, Training, train
 
+if TYPE_CHECKING:
+    from capstan.shuffling.torch_dataset import ShuffledDataset, ShuffledLoader
+
 __all__ = [
     "STRATEGIES",
     "Account",
@@ -38,6 +44,8 @@ __all__ = [
     "Refill",
     "Sample",
     "Share",
+    "ShuffledDataset",
+    "ShuffledLoader",
     "SizedBlocks",
     "Trained",
     "Training",
@@ -54,3 +62,11 @@ __all__ = [
     "survey",
     "train",
 ]
+
+_WITH_TORCH = ("ShuffledDataset", "ShuffledLoader")
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("capstan.shuffling.torch_dataset"), name)

@@ -72,7 +72,7 @@ class ArrowBlocks(FileBlocks):
                 sizes.append(batch.num_rows)
                 stored.append(batch.select(list(self._columns)).nbytes)
         self._groups = joined(sizes, rows_per_block)
-        self._stored = [sum(stored[at] for at in group) for group in self._groups]
+        self._stored: list[int] = [sum(stored[at] for at in group) for group in self._groups]
         layout = f"arrow|{self._columns}|{schema}"
         super().__init__(file, [sum(sizes[at] for at in group) for group in self._groups], layout)
 

@@ -3,7 +3,8 @@
 An epoch reads every block once, and once more for each cut between streams. Its seconds are those of an epoch
 over some of the blocks, scaled by rows: reading and steps overlap as far as the interpreter lets them, which
 is measured, not assumed. Before the epochs one pass in stored order takes the statistics; without test rows
-another one scores the model. The host holds two buffers at most: the one that is emitted and the one that is read.
+another one scores the model. The host holds two buffers at most: the one that is emitted and the one that
+is read.
 """
 
 import time
