@@ -160,6 +160,13 @@ def test_lists_of_equal_length_are_a_second_dimension(tmp_path):
     assert open_source(tmp_path / "v.jsonl", rows_per_block=2).read(0)["v"].tolist() == [[1, 2], [3, 4]]
 
 
+def test_a_table_is_cut_into_500_blocks_or_a_small_one_into_100(tmp_path):
+    for rows, blocks, largest in ((7, 7, 1), (1000, 100, 10), (32_000, 500, 64), (100_000, 500, 200)):
+        np.save(tmp_path / "a.npy", np.zeros((rows, 1)))
+        sizes = open_source(tmp_path / "a.npy").sizes
+        assert (len(sizes), max(sizes)) == (blocks, largest)
+
+
 def test_plain_arrays_have_numbered_columns(tmp_path):
     array = RNG.normal(size=(7, 3))
     np.save(tmp_path / "a.npy", array)

@@ -24,6 +24,7 @@ from capstan.storage import BlockSource, Rows
 
 DEFAULT_BLOCKS = 500
 """Where its format leaves the choice a table is cut into about so many blocks, as many as in the paper."""
+_FEW_ROWS = 64
 
 
 @runtime_checkable
@@ -101,7 +102,8 @@ def open_source(
 ) -> FileBlocks:
     """A file of rows, by its suffix; see the head of this file. A URL is read through fsspec.
 
-    `columns` are read, by default all. `rows_per_block` is by default a 500th of the rows; of Parquet and
+    `columns` are read, by default all. `rows_per_block` is by default a 500th of the rows, of small tables up
+    to a 100th; of Parquet and
     Arrow, whose blocks are made by whoever writes the file, it only joins blocks that are smaller.
 
     Raises:
@@ -147,8 +149,9 @@ def chosen_columns(file: RangedFile, there: Sequence[str], wanted: Sequence[str]
 
 
 def cut(num_rows: int, rows_per_block: int | None) -> list[int]:
-    """Rows of each block when a table is cut evenly; by default into about `DEFAULT_BLOCKS`."""
-    size = rows_per_block or max(1, -(-num_rows // DEFAULT_BLOCKS))
+    """Rows of each block when a table is cut evenly; by default into about `DEFAULT_BLOCKS`, or, where these
+    would be tiny, into fewer of up to `_FEW_ROWS` rows, but never less than a hundred."""
+    size = rows_per_block or max(1, -(-num_rows // DEFAULT_BLOCKS), min(_FEW_ROWS, num_rows // 100))
     return [min(size, num_rows - start) for start in range(0, num_rows, size)]
 
 
