@@ -22,7 +22,16 @@ from typing import Any
 import numpy as np
 
 from capstan.hardware import this_machine
-from capstan.shuffling import Batches, Order, Share, Training, open_source, train
+from capstan.shuffling import (
+    Batches,
+    Order,
+    Share,
+    ShuffledDataset,
+    ShuffledLoader,
+    Training,
+    open_source,
+    train,
+)
 from capstan.storage import NumpyBlocks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -97,6 +106,43 @@ def curves(tables: tuple[Table, Table], model: str, epochs: int) -> dict[str, li
     return found
 
 
+def network_curves(tables: tuple[Table, Table], epochs: int) -> dict[str, list[list[float]]]:
+    """The same for a small convolutional network on the digits, by the PyTorch loader and plain SGD."""
+    import torch
+    from torch import nn
+
+    rows, test = tables
+    order = np.argsort(rows["y"], kind="stable")
+    columns = {"x": rows["x"][order].astype(np.float32) / 16, "y": rows["y"][order]}
+    source = NumpyBlocks(columns, rows_per_block=max(1, len(order) // 100))
+    x, y = torch.tensor(test["x"], dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(test["y"])
+    found: dict[str, list[list[float]]] = {}
+    for strategy in STRATEGIES:
+        for seed in SEEDS:
+            torch.manual_seed(seed)
+            model = nn.Sequential(
+                *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()),
+                *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 10)),
+            )
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            loader = ShuffledLoader(
+                ShuffledDataset(source, batch_size=16, strategy=strategy, seed=seed, num_streams=1)
+            )
+            curve = []
+            for epoch in range(epochs):
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.05 * (1 - epoch / epochs)
+                for batch in loader:
+                    loss = nn.functional.cross_entropy(model(batch["x"].reshape(-1, 1, 8, 8)), batch["y"])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                with torch.no_grad():
+                    curve.append(100 * float((model(x).argmax(1) == y).float().mean()))
+            found.setdefault(strategy, []).append(curve)
+    return found
+
+
 def reading(folder: Path, rows: int, repeats: int) -> dict[str, float]:
     """Rows a second of an epoch that is only read, by order; medians of turns."""
     import pyarrow as pa
@@ -161,8 +207,9 @@ def main() -> int:
         tables["adult"] = adult(asked.adult)
     found, figures, bars = {}, {}, {}
     for name, both in tables.items():
-        for model in ("softmax",) if name == "digits" else ("logistic", "svm", "softmax"):
-            by_strategy = found[f"{name}, {model}"] = curves(both, model, asked.epochs)
+        for model in ("softmax", "cnn") if name == "digits" else ("logistic", "svm", "softmax"):
+            made = network_curves(both, 3 * asked.epochs) if model == "cnn" else curves(both, model, asked.epochs)
+            by_strategy = found[f"{name}, {model}"] = made
             last = {strategy: [run[-1] for run in runs] for strategy, runs in by_strategy.items()}
             for strategy, scores in last.items():
                 spread = [round(min(scores), 2), round(max(scores), 2)]

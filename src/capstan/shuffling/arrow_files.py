@@ -43,6 +43,16 @@ class ParquetBlocks(FileBlocks):
                     total += chunk.total_compressed_size
         return int(total)
 
+    def _range(self, block: int) -> tuple[int, int]:
+        chunks = [
+            self._metadata.row_group(at).column(index)
+            for at in self._groups[block]
+            for index in range(self._metadata.num_columns)
+        ]
+        starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
+        ends = [s + chunk.total_compressed_size for s, chunk in zip(starts, chunks, strict=True)]
+        return (min(starts), max(ends)) if starts else (0, 0)
+
     def _read(self, block: int) -> dict[str, NDArray[np.generic]]:
         import pyarrow.parquet as pq
 
@@ -82,6 +92,9 @@ class ArrowBlocks(FileBlocks):
 
     def _size_bytes(self, block: int) -> int:
         return self._stored[block]
+
+    def _range(self, block: int) -> tuple[int, int]:
+        return 0, 0
 
     def _read(self, block: int) -> dict[str, NDArray[np.generic]]:
         import pyarrow as pa

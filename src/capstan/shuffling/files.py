@@ -54,6 +54,12 @@ class RangedFile:
         self.bytes_read += size_bytes
         return data
 
+    def will_read(self, offset: int, size_bytes: int) -> None:
+        """Have the kernel fetch a range in the background, where there is a kernel that can."""
+        if not self.is_remote and hasattr(os, "posix_fadvise"):
+            with self._saying(), open(self.name, "rb") as file:
+                os.posix_fadvise(file.fileno(), offset, size_bytes, os.POSIX_FADV_WILLNEED)
+
     def require_same(self) -> None:
         """Raise `InputError` if the file is not the one that was opened."""
         if self._now() != self.identity:

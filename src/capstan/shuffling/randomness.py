@@ -17,7 +17,12 @@ def words(count: int, *key: int) -> NDArray[np.uint64]:
 
 def permutation(count: int, *key: int) -> Indices:
     """A permutation of 0 … count - 1 that this key alone decides."""
-    return np.argsort(words(count, *key), kind="stable")
+    # Each word's low bits give way to its place, so that sorting the words themselves, which is several times
+    # as fast as argsort, tells the order; equal high bits keep the order of their places.
+    low = np.uint64((1 << max(1, count - 1).bit_length()) - 1)
+    drawn = (words(count, *key) & ~low) | np.arange(count, dtype=np.uint64)
+    drawn.sort()
+    return (drawn & low).astype(np.int64)
 
 
 def below(limits: Indices | int, count: int, *key: int) -> Indices:

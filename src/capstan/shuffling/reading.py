@@ -1,9 +1,10 @@
 """Reading rows in an order: buffers that are filled in the background, batches in the order's positions."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import TracebackType
 from typing import Self
 
@@ -14,7 +15,7 @@ from capstan.errors import InputError, UsageError
 from capstan.plans import Traffic, link_name
 from capstan.shuffling.order import Order, Piece, Refill, num_steps
 from capstan.shuffling.randomness import Indices
-from capstan.shuffling.sources import SizedBlocks
+from capstan.shuffling.sources import FetchesAhead, SizedBlocks
 from capstan.storage import BlockSource, Rows
 
 LINK = link_name("disk", "host")
@@ -130,7 +131,7 @@ class Batches:
         self._streams = {
             stream: _Stream(
                 self._thread,
-                lambda piece: read_piece(source, piece, self.account),
+                source,
                 share.order.refills(stream, _first_row(start, stream, share.order)),
                 _first_row(start, stream, share.order),
                 self.account,
@@ -184,12 +185,12 @@ class _Stream:
     def __init__(
         self,
         thread: ThreadPoolExecutor,
-        read: Callable[[Piece], Rows],
+        source: BlockSource,
         refills: Iterator[Refill],
         start: int,
         account: Account,
     ) -> None:
-        self._thread, self._read, self._refills = thread, read, refills
+        self._thread, self._source, self._refills = thread, source, refills
         self._start, self._account = start, account
         self._kept: Rows = {}
         self._now: Rows = {}
@@ -220,11 +221,15 @@ class _Stream:
         self._available = row_count(rows)
 
     def _fill(self) -> Rows | None:
+        started = time.perf_counter()
         refill = next(self._refills, None)
         if refill is None:
             return None
-        started = time.perf_counter()
-        parts = [*([self._kept] if self._kept else []), *map(self._read, refill.pieces)]
+        parts = [self._kept] if self._kept else []
+        for piece, following in zip_longest(refill.pieces, refill.pieces[1:]):
+            if following and isinstance(self._source, FetchesAhead):
+                self._source.will_read(following.block)
+            parts.append(read_piece(self._source, piece, self._account))
         emit = refill.emit[max(0, self._start - refill.first) :]
         rows, self._kept = gathered(parts, emit), gathered(parts, refill.keep)
         self._account.reading_s += time.perf_counter() - started

@@ -36,6 +36,15 @@ class SizedBlocks(BlockSource, Protocol):
         ...
 
 
+@runtime_checkable
+class FetchesAhead(Protocol):
+    """A source that can be told which block is read next."""
+
+    def will_read(self, block: int) -> None:
+        """Begin to fetch a block's bytes, without waiting."""
+        ...
+
+
 class FileBlocks(ABC):
     """Blocks of one file. Every read finds out whether the file is still the one that was opened."""
 
@@ -81,6 +90,11 @@ class FileBlocks(ABC):
         self.file.require_same()
         return rows
 
+    def will_read(self, block: int) -> None:
+        """Have the block's bytes fetched while another one is decoded, as for reading in order they are."""
+        start, stop = self._range(block)
+        self.file.will_read(start, stop - start)
+
     def _require(self, block: int) -> None:
         if not 0 <= block < self.num_blocks:
             raise UsageError(f"There are blocks 0 to {self.num_blocks - 1}; wanted block {block}.")
@@ -89,6 +103,10 @@ class FileBlocks(ABC):
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
         """Names of the columns that are read."""
+
+    @abstractmethod
+    def _range(self, block: int) -> tuple[int, int]:
+        """From which byte to which the block lies, other columns included; (0, 0) where that is not known."""
 
     @abstractmethod
     def _size_bytes(self, block: int) -> int: ...

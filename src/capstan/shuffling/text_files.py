@@ -35,8 +35,12 @@ class _Lines(FileBlocks):
         raise NotImplementedError
 
     def _size_bytes(self, block: int) -> int:
+        start, stop = self._range(block)
+        return stop - start
+
+    def _range(self, block: int) -> tuple[int, int]:
         first, last = self._first_lines[block : block + 2]
-        return int(self._starts[last] - self._starts[first])
+        return int(self._starts[first]), int(self._starts[last])
 
     def _lines(self, first: int, last: int) -> list[bytes]:
         start, stop = int(self._starts[first]), int(self._starts[last])
