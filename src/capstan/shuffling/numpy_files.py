@@ -57,7 +57,9 @@ class NumpyFileBlocks(FileBlocks):
         return sum(self.sizes[block] * self._arrays[name].row_bytes for name in self._read_arrays())
 
     def _range(self, block: int) -> tuple[int, int]:
-        array = self._arrays[self._read_arrays()[0]]  # of an .npz the first array; others are fetched when read
+        array = self._arrays[
+            self._read_arrays()[0]
+        ]  # of an .npz the first array; others are fetched when read
         start = array.offset + block * self._rows_per_block * array.row_bytes
         return start, start + self.sizes[block] * array.row_bytes
 
