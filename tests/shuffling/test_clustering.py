@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from tests.shuffling.tables import sorted_table
 
 from capstan.errors import InputError, UsageError
 from capstan.shuffling import advised_buffer, block_variance_factor, effective_rows, look_at
 from capstan.storage import NumpyBlocks
+
+from .tables import sorted_table
 
 
 @pytest.mark.parametrize(("buffer", "rows"), [(50, 87), (10, 16), (5, 8), (1, 1.6)])

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.shuffling.arbitrary import orders
 
 from capstan.errors import UsageError
 from capstan.shuffling.exchange import PASSES, exchange
 from capstan.shuffling.order import STRATEGIES, Order, num_steps
 from capstan.shuffling.randomness import below, permutation
+
+from .arbitrary import orders
 
 
 def stored(order):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.shuffling.arbitrary import orders
 
 from capstan.errors import InputError, UsageError
 from capstan.shuffling.order import Order
 from capstan.shuffling.reading import Batches, Share, gathered
 from capstan.storage import NumpyBlocks
+
+from .arbitrary import orders
 
 
 class Numbered:

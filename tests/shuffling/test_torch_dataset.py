@@ -5,12 +5,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests.shuffling import ranks
-from tests.shuffling.ranks import ROWS, rows, source
 from torch.utils.data import DataLoader
 
 from capstan.errors import InputError, UsageError
 from capstan.shuffling import ShuffledDataset, ShuffledLoader, open_source
+
+from . import ranks
+from .ranks import ROWS, rows, source
 
 
 def loader(workers=0, **more):

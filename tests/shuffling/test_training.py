@@ -6,14 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.shuffling import tables
-from tests.shuffling.tables import run_of_test, sorted_table
 
 from capstan.errors import CapstanError, InputError, UsageError
 from capstan.plans import Trace
 from capstan.shuffling import Examples, LinearModel, Training, choose_columns, survey, train
 from capstan.shuffling.linear_models import MODELS
 from capstan.storage import NumpyBlocks
+
+from . import tables
+from .tables import run_of_test, sorted_table
 
 
 def torch_loss(kind, outputs, y):

@@ -6,13 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.shuffling.tables import sorted_table
 from typer.testing import CliRunner
 
 from capstan.cli.shuffle import app
 from capstan.errors import CapstanError, DoesNotFit, InputError, UsageError
 from capstan.hardware.free_memory import Amount
 from capstan.plans import Plan, Trace
+
+from .tables import sorted_table
 
 
 @pytest.fixture
