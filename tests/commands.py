@@ -21,6 +21,6 @@ def capstan(*words: str) -> None:
 def script(path: str) -> None:
     """A Python script, as `python path` runs it."""
     sys.argv = [path]
-    # The names are kept: a DDP model that is dropped before the process ends can wait for ever for a thread of
-    # gloo's that waits for Python.
+    # The names are kept: a DDP model that is dropped before the process ends can wait for ever for a thread
+    # of gloo's that waits for Python.
     _kept.append(runpy.run_path(path, run_name="__main__"))

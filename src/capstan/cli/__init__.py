@@ -15,8 +15,10 @@ from capstan.cli.evaluate import app as evaluate
 from capstan.cli.generate import generate
 from capstan.cli.merge import merge
 from capstan.cli.probe import probe
+from capstan.cli.recommend import app as recommend
 from capstan.cli.relate import relate
 from capstan.cli.serve import serve
+from capstan.cli.shuffle import app as shuffle
 from capstan.cli.train import train
 from capstan.errors import CapstanError
 
@@ -44,6 +46,8 @@ for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(train, name="train")
+app.add_typer(recommend, name="recommend")
+app.add_typer(shuffle, name="shuffle")
 
 
 def _print_version(wanted: bool) -> None:
