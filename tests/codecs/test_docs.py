@@ -26,6 +26,6 @@ def test_bits_per_element_are_what_encoded_bytes_says():
 
 def test_the_public_names_are_complete():
     expected = ["Cast", "Codec", "ErrorFeedback", "GroupQuantised", "Identity", "MinMaxUInt8", "Packet"]
-    expected += ["RandomK", "Sign", "TopK", "codec_from_name"]
+    expected += ["Compressor", "Delta", "RandomK", "Sign", "TopK", "codec_from_name"]
     assert sorted(capstan.codecs.__all__) == sorted(expected)
     assert all(hasattr(capstan.codecs, name) for name in expected)
