@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from capstan.generation.batch_answers import answer_line, error_line
-from capstan.generation.batch_lines import BadLine, BatchRequest
+from capstan.generation.batch.answers import answer_line, error_line
+from capstan.generation.batch.lines import BadLine, BatchRequest
 from capstan.generation.requests import Answer, Completion, Request, TokenLogprob
 
 A, B, C, D = 1, 2, 3, 4

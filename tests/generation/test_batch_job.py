@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from capstan.errors import DoesNotFit, InputError
 from capstan.generation import plan_for
-from capstan.generation.batch_answers import error_line
-from capstan.generation.batch_job import BatchReport, lengths_of, open_journal, read_batch, run_batch
-from capstan.generation.batch_shard import Shard
-from capstan.generation.batching import Length
-from capstan.generation.planner import Planner
+from capstan.generation.batch.answers import error_line
+from capstan.generation.batch.job import BatchReport, lengths_of, open_journal, read_batch, run_batch
+from capstan.generation.batch.shard import Shard
+from capstan.generation.planning.batching import Length
+from capstan.generation.planning.planner import Planner
 from capstan.hardware import Machine
 
 CPU = torch.device("cpu")
@@ -324,7 +324,7 @@ def test_a_full_disk_ends_the_job_and_it_goes_on_later(
             raise OSError(28, os.strerror(28))
         return real_write(file, bytes(data)[:10] if calls == 3 else data)
 
-    monkeypatch.setattr("capstan.generation.journal.os.write", full_in_the_third)
+    monkeypatch.setattr("capstan.generation.batch.journal.os.write", full_in_the_third)
     with pytest.raises(DoesNotFit, match="run the same command again"):
         run(path)
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from capstan.generation.batch_lines import BadLine, BatchRequest, parse_lines
+from capstan.generation.batch.lines import BadLine, BatchRequest, parse_lines
 
 CONTEXT = 64
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

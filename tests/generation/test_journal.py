@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from capstan.errors import DoesNotFit, InputError
-from capstan.generation.journal import Journal
+from capstan.generation.batch.journal import Journal
 
 JOB = {"input": "digest", "model": "fingerprint", "weights": ["identity"], "cache": ["identity"]}
 

@@ -12,7 +12,7 @@ import torch
 
 from capstan.errors import DeviceError, DoesNotFit, InputError, UnsupportedModel, UsageError
 from capstan.generation import Engine, Request, plan_for
-from capstan.generation.batching import Length
+from capstan.generation.planning.batching import Length
 from capstan.hardware import Machine
 
 

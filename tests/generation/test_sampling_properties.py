@@ -8,7 +8,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2, kstest
 
-from capstan.generation.sampling import Draw, choose, logprobs_of, uniform
+from capstan.generation.runtime.sampling import Draw, choose, logprobs_of, uniform
 
 SEEDS = st.integers(-(2**70), 2**70)
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from capstan.generation import Request
-from capstan.generation.sequences import Sequence
+from capstan.generation.runtime.sequences import Sequence
 
 # One token for each byte and a few for several: text of any language, cut in the middle of its characters.
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

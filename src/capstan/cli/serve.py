@@ -25,7 +25,7 @@ from capstan.plans import Plan, Trace, compare, parse_bytes
 from capstan.plans import explain as explain_plan
 
 if TYPE_CHECKING:
-    from capstan.generation.planner import Planner
+    from capstan.generation.planning.planner import Planner
     from capstan.generation.serving.crew import Counts
 
 _TOKEN_VARIABLE = "CAPSTAN_TOKEN"
@@ -135,9 +135,9 @@ def serve(
     """
     token = _token(token_file)
     # Imported here: torch and transformers take seconds, which `capstan --help` need not.
-    from capstan.generation.arrivals import open_lengths
     from capstan.generation.engine import Engine
-    from capstan.generation.opening import plan_for
+    from capstan.generation.planning.opening import plan_for
+    from capstan.generation.runtime.arrivals import open_lengths
     from capstan.generation.serving import Limits, is_loopback, listen, run_server
 
     errors = Console(stderr=True, highlight=False)

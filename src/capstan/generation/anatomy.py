@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from capstan.errors import UnsupportedModel
-from capstan.generation.attention import AttentionGeometry, geometry_of
+from capstan.generation.attention.packed import AttentionGeometry, geometry_of
 from capstan.generation.skeleton import FrontOutput, LayerCall, Skeleton
 from capstan.storage.live_bytes import LiveBytes
 

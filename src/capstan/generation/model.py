@@ -9,11 +9,11 @@ import torch
 
 from capstan.errors import InputError
 from capstan.generation.anatomy import Anatomy
+from capstan.generation.attention.row_format import RowFormat
 from capstan.generation.checkpoint_map import Sources, map_checkpoint
 from capstan.generation.inventory import Inventory, cache_codec, take_inventory
-from capstan.generation.row_format import RowFormat
+from capstan.generation.planning.stage import Stage
 from capstan.generation.skeleton import Skeleton, open_skeleton
-from capstan.generation.stage import Stage
 from capstan.storage import Checkpoint
 
 logger = logging.getLogger(__name__)

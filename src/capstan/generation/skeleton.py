@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from capstan.errors import InputError, UnsupportedModel
-from capstan.generation.attention import attend_through_module
+from capstan.generation.attention.packed import attend_through_module
 
 ATTENTION_NAME = "capstan"
 Weights = Mapping[str, Tensor]

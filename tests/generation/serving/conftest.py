@@ -17,8 +17,8 @@ import pytest
 from openai import OpenAI
 
 from capstan.generation import Engine
-from capstan.generation.arrivals import open_lengths
-from capstan.generation.block_schedule import BlockSchedule
+from capstan.generation.runtime.arrivals import open_lengths
+from capstan.generation.runtime.block_schedule import BlockSchedule
 from capstan.generation.serving import Limits, listen, run_server
 
 LONGEST, SLOTS = 96, 8

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from capstan.generation.requests import Request
-from capstan.generation.sequences import Sequence
+from capstan.generation.runtime.sequences import Sequence
 from capstan.generation.serving.streams import TextSoFar
 
 # Bytes that are letters of one to four bytes, whole or cut in the middle.

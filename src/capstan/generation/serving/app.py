@@ -16,7 +16,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
 from capstan.errors import CapstanError
-from capstan.generation.batch_answers import answer_body
+from capstan.generation.batch.answers import answer_body
 from capstan.generation.prompts import chat_tokens
 from capstan.generation.requests import Completion
 from capstan.generation.serving.bodies import (

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from capstan.errors import CapstanError, InputError
-from capstan.generation.batch_answers import answer_line, error_line
-from capstan.generation.batch_job import BatchFile, open_journal, read_batch
-from capstan.generation.batch_lines import BadLine, BatchRequest
-from capstan.generation.journal import Journal
+from capstan.generation.batch.answers import answer_line, error_line
+from capstan.generation.batch.job import BatchFile, open_journal, read_batch
+from capstan.generation.batch.journal import Journal
+from capstan.generation.batch.lines import BadLine, BatchRequest
 from capstan.generation.serving.bodies import CHAT, require_room
 from capstan.generation.serving.crew import Ask, Crew, CrewGone
 from capstan.generation.serving.files import (

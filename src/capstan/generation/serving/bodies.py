@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, StrictBool, StrictInt, StrictStr, Va
 from starlette.requests import Request as HttpRequest
 
 from capstan.errors import CapstanError
-from capstan.generation.batch_lines import BatchRequest, Body, batch_request, first_fault
+from capstan.generation.batch.lines import BatchRequest, Body, batch_request, first_fault
 from capstan.generation.model import Model
 from capstan.generation.serving.limits import Limits
 from capstan.generation.serving.replies import Refused

@@ -8,10 +8,10 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from capstan.generation.batch_answers import Json, chat_logprobs, text_logprobs
-from capstan.generation.batch_lines import BatchRequest
+from capstan.generation.batch.answers import Json, chat_logprobs, text_logprobs
+from capstan.generation.batch.lines import BatchRequest
 from capstan.generation.model import Model
-from capstan.generation.sequences import Sequence as Growing
+from capstan.generation.runtime.sequences import Sequence as Growing
 from capstan.generation.serving.bodies import Asked
 from capstan.generation.serving.crew import Ask, CrewGone
 from capstan.generation.serving.replies import encoded, error_body
