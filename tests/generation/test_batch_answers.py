@@ -18,7 +18,7 @@ A, B, C, D = 1, 2, 3, 4
 class Letters:
     """Token 1 is "a", token 2 is "bb", token 3 is "ccc", and so on."""
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int], **_: Any) -> str:
         return "".join(chr(96 + token) * token for token in tokens)
 
 

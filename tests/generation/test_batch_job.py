@@ -229,7 +229,8 @@ def test_every_form_of_request_in_one_file(
     for entry in chat["logprobs"]["content"]:
         assert entry["logprob"] == entry["top_logprobs"][0]["logprob"]
         assert len(entry["top_logprobs"]) == 2
-        assert bytes(entry["bytes"]).decode() == entry["token"]
+        data = bytes(entry["bytes"])  # a random model's bytes; alone, most are no character
+        assert entry["token"] in (data.decode(errors="replace"), "".join(f"\\x{value:02x}" for value in data))
 
 
 def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(

@@ -89,7 +89,13 @@ def test_a_plain_line(accept: Callable[..., BatchRequest], model: Any) -> None:
     request = asked.request
     assert request.id == "line-1"
     assert model.tokenizer.decode(request.prompt) == "hello"
-    assert (request.temperature, request.top_k, request.top_p, request.seed, request.n) == (0.0, 0, 1.0, 0, 1)
+    assert (request.temperature, request.top_k, request.top_p, request.seed, request.n) == (
+        0.0,
+        0,
+        1.0,
+        None,
+        1,
+    )
     assert (request.stop, request.logprobs, request.prompt_logprobs) == ((), None, None)
     assert not request.ignore_eos
 

@@ -55,7 +55,7 @@ def test_several_prompts_in_one_request_are_answered_in_their_order(
     expected = [
         answer.text
         for prompt in PROMPTS
-        for answer in _alone(running, prompt=prompt, max_tokens=5, temperature=1.0, n=2).answers
+        for answer in _alone(running, prompt=prompt, max_tokens=5, temperature=1.0, seed=3, n=2).answers
     ]
     for prompts in (PROMPTS, tokens):
         done = client.completions.create(
@@ -63,6 +63,7 @@ def test_several_prompts_in_one_request_are_answered_in_their_order(
             prompt=prompts,
             max_tokens=5,
             temperature=1.0,
+            seed=3,
             n=2,  # type: ignore[arg-type]
         )
         assert [choice.text for choice in done.choices] == expected

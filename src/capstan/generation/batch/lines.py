@@ -51,6 +51,9 @@ class Body(BaseModel):
     top_p: float | None = None
     seed: StrictInt | None = None
     stop: StrictStr | list[StrictStr] | None = None
+    stop_token_ids: list[StrictInt] | None = None
+    include_stop_str_in_output: StrictBool = False
+    min_tokens: StrictInt | None = None
     n: StrictInt | None = None
     logprobs: StrictBool | StrictInt | None = None
     top_logprobs: StrictInt | None = None
@@ -156,8 +159,11 @@ def batch_request(custom_id: str, body: Body, url: str | None, model: Model, max
         temperature=body.temperature or 0.0,
         top_k=max(0, body.top_k or 0),
         top_p=1.0 if body.top_p is None else body.top_p,
-        seed=body.seed or 0,
+        seed=body.seed,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        include_stop_str_in_output=body.include_stop_str_in_output,
+        min_tokens=body.min_tokens or 0,
         n=1 if body.n is None else body.n,
         logprobs=_logprobs(body, is_chat),
         prompt_logprobs=_prompt_logprobs(body),

@@ -1,7 +1,7 @@
 """From logits to tokens.
 
-Chance is a pure function of the request's seed and the token's step, so an answer does not depend on
-which batch or block computed it.
+Chance is a pure function of the request's seed (or else of its id) and the token's step, so an answer does
+not depend on which batch or block computed it.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,22 @@ from torch import Tensor
 from capstan.generation.requests import TokenLogprob
 
 _MASK = 2**64 - 1
+# Temperatures that a float32 can divide by; a smaller one leaves the likeliest token only.
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-30, 1e30
 
 
 class Draw(NamedTuple):
-    """How one row of logits becomes a token: the request's settings, its seed, and the token's step."""
+    """How one row of logits becomes a token: the request's settings, its seed, and the token's step.
+
+    `banned` are tokens that must not come.
+    """
 
     temperature: float
     top_k: int
     top_p: float
     seed: int
     step: int
+    banned: frozenset[int] = frozenset()
 
 
 def uniform(seed: int, index: int) -> float:
@@ -35,12 +41,23 @@ def uniform(seed: int, index: int) -> float:
 
 def choose(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """A token for each row of logits `[rows, vocabulary]` (float32): `[rows]`."""
+    logits = _without_banned(logits, draws)
     tokens = logits.argmax(dim=-1)
-    sampled = [row for row, draw in enumerate(draws) if draw.temperature > 0]
+    sampled = [row for row, draw in enumerate(draws) if draw.temperature >= _LEAST_TEMPERATURE]
     if sampled:
         rows = torch.tensor(sampled, device=logits.device)
         tokens[rows] = _sample(logits[rows], [draws[row] for row in sampled])
     return tokens
+
+
+def _without_banned(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The logits, in which what must not come has no chance."""
+    size = logits.shape[1]
+    pairs = [(row, token) for row, draw in enumerate(draws) for token in draw.banned if token < size]
+    if not pairs:
+        return logits
+    rows, tokens = torch.tensor(pairs, device=logits.device).T
+    return logits.index_put((rows, tokens), torch.tensor(-torch.inf, device=logits.device))
 
 
 def _sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -49,7 +66,8 @@ def _sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-    ordered, order = (logits / column([draw.temperature for draw in draws])).sort(dim=-1, descending=True)
+    temperatures = column([min(draw.temperature, _MOST_TEMPERATURE) for draw in draws])
+    ordered, order = (logits / temperatures).sort(dim=-1, descending=True)
     rank = torch.arange(ordered.shape[1], device=logits.device)
     beyond = rank >= column([draw.top_k or ordered.shape[1] for draw in draws])
     probabilities = ordered.masked_fill_(beyond, -torch.inf).softmax(dim=-1)

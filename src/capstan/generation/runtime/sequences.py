@@ -1,19 +1,25 @@
 """Sequences while they grow: tokens, log-probabilities, and when they are over."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
+from capstan.generation.detokenizer import AnswerText, TokenTexts, texts_of
 from capstan.generation.planning.batching import Length
 from capstan.generation.requests import Answer, Completion, FinishReason, Request, TokenLogprob
 from capstan.generation.runtime.sampling import Draw
 
-# A token has at least a byte. So many more than a stop text has bytes are looked at, for those that add none.
-_SPLIT_CHARACTERS = 16
+# What lies between the seeds of two answers to one request: odd, so that no two of 2**64 are the same.
+_NEXT_ANSWER = 0x632BE59BD9B4E019
 
 
 @dataclass
 class Sequence:
-    """One answer in the making: the `answer`-th to request number `request_index`."""
+    """One answer in the making: the `answer`-th to request number `request_index`.
+
+    `num_passed` tokens are known not to be the last; another thread may show them.
+    """
 
     request: Request
     request_index: int
@@ -26,6 +32,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     cut_text: str | None = None
+    num_passed: int = 0
     is_wanted: bool = True  # False, by any thread: nobody waits for it any more
 
     @property
@@ -41,51 +48,78 @@ class Sequence:
     @property
     def draw(self) -> Draw:
         """How the next token is chosen."""
-        request = self.request
+        request, step = self.request, len(self.generated)
         return Draw(
             request.temperature,
             request.top_k,
             request.top_p,
-            seed=request.seed + self.answer * 0x632BE59BD9B4E019,
-            step=len(self.generated),
+            seed=self._seed,
+            step=step,
+            banned=self._ends if step < request.min_tokens else frozenset(),
         )
+
+    @cached_property
+    def _seed(self) -> int:
+        """The request's own, or else made of its id; another for each of its answers."""
+        stated = self.request.seed
+        if stated is None:
+            stated = int.from_bytes(
+                blake2b(self.request.id.encode(errors="surrogatepass"), digest_size=8).digest()
+            )
+        return stated + self.answer * _NEXT_ANSWER
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
+        """The tokens that end this answer."""
+        own = frozenset(self.request.stop_token_ids)
+        return own if self.request.ignore_eos else own | self.stop_tokens
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        """What tokens say."""
+        return texts_of(self.tokenizer)
+
+    @cached_property
+    def _text(self) -> AnswerText:
+        """The text so far; kept only while stop texts are looked for."""
+        return AnswerText(self.texts, self.prompt)
 
     def append(self, token: int) -> None:
         """Take the next token; decide whether the sequence is over."""
         self.generated.append(token)
-        if (token in self.stop_tokens and not self.request.ignore_eos) or (
-            self.request.stop and self._hits_stop_text()
-        ):
+        if token in self._ends or (self.request.stop and self._hits_stop_text(token)):
             self.finish_reason = "stop"
         elif len(self.generated) >= self.request.max_tokens:
             self.finish_reason = "length"
+        else:
+            self.num_passed = len(self.generated)
 
-    def _hits_stop_text(self) -> bool:
+    def _hits_stop_text(self, token: int) -> bool:
         """Whether a stop text has appeared; looked for where it can have been completed just now."""
-        longest = max(len(stop.encode(errors="surrogatepass")) for stop in self.request.stop)
-        tail = self._decode(self.generated[-(longest + _SPLIT_CHARACTERS) :])
-        if not any(stop in tail for stop in self.request.stop):
+        text, request = self._text, self.request
+        before = len(text.shown)
+        text.feed(token)
+        if len(self.generated) <= request.min_tokens or len(text.shown) == before:
             return False
-        text = self._decode(self.generated)
-        places = [place for stop in self.request.stop if (place := text.find(stop)) >= 0]
-        if places:
-            self.cut_text = text[: min(places)]
-        return bool(places)
-
-    def _decode(self, tokens: list[int]) -> str:
-        if self.tokenizer is None:
-            return ""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        found = text.find(request.stop, ends_after=before)
+        if found is not None:
+            self.cut_text = text.until(found[1] if request.include_stop_str_in_output else found[0])
+        return found is not None
 
     def finished(self) -> Answer:
         """The answer, once `finish_reason` is known."""
         assert self.finish_reason is not None
         return Answer(
-            text=self._decode(self.generated) if self.cut_text is None else self.cut_text,
+            text=self._whole_text() if self.cut_text is None else self.cut_text,
             tokens=tuple(self.generated),
             finish_reason=self.finish_reason,
             logprobs=tuple(self.logprobs) if self.request.logprobs is not None else None,
         )
+
+    def _whole_text(self) -> str:
+        """The text of all tokens, without the one that ended it."""
+        is_ended = self.generated[-1] in self._ends and not self.request.include_stop_str_in_output
+        return self.texts.continuation(self.prompt, self.generated[: -1 if is_ended else None])
 
 
 def completion_of(answers: list[Sequence]) -> Completion:

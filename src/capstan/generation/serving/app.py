@@ -159,7 +159,7 @@ async def _generate(http: HttpRequest, served: Served, *, is_chat: bool) -> Resp
             "created": int(time.time()),
             "model": served.name,
         }
-        return EventReply(http, events_of(ask, asked, served.model, frame), on_end=lambda: crew.drop(ask))
+        return EventReply(http, events_of(ask, asked, frame), on_end=lambda: crew.drop(ask))
     with crew.asking(requests) as ask:
         leaving = asyncio.create_task(until_gone(http))
         try:
