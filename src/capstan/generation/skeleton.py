@@ -29,6 +29,7 @@ from capstan.errors import InputError, UnsupportedModel
 from capstan.generation.attention.packed import attend_through_module
 
 ATTENTION_NAME = "capstan"
+_READING_NAME = "capstan masks"  # while masks are read
 Weights = Mapping[str, Tensor]
 
 
@@ -192,12 +193,16 @@ class Skeleton:
                     if buffer is not None and not buffer.is_meta:
                         part._buffers[name] = buffer.to(device)
 
-    def front(self, rows: Tensor, positions: Tensor, rest: Weights) -> FrontOutput:
+    def front(
+        self, rows: Tensor, positions: Tensor, rest: Weights, *, numbers: Tensor | None = None
+    ) -> FrontOutput:
         """Run everything before the first layer.
 
-        rows: the table's rows of the tokens, `[tokens, width]`; positions: `[tokens]`.
+        rows: the table's rows of the tokens, `[tokens, width]`; positions: `[tokens]`; numbers: those of the
+        rows, `[tokens]`, where the caller watches what becomes of them.
         """
-        tokens = torch.arange(rows.shape[0], device=rows.device)  # row i of the gathered table is token i
+        # Row i of the gathered table is token i.
+        tokens = torch.arange(rows.shape[0], device=rows.device) if numbers is None else numbers
         calls: list[tuple[Tensor, LayerCall]] = []
         base, prefix = self.model.base_model, f"{self.model.base_model_prefix}."
         weights = {name: tensor for name, tensor in rest.items() if name.startswith(prefix)} | {
@@ -256,6 +261,20 @@ class Skeleton:
         logits: Tensor = output.logits[0]
         return logits
 
+    @contextmanager
+    def masks_read_by(self, make: Any) -> Iterator[None]:
+        """Masks that the model's forward asks for inside are made by `make`; outside there are none."""
+        from transformers import AttentionMaskInterface
+
+        config = self.model.config
+        AttentionMaskInterface.register(_READING_NAME, make)
+        config._attn_implementation = _READING_NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = ATTENTION_NAME
+            AttentionMaskInterface.register(_READING_NAME, None)
+
     def attend_with(self, attend: Any) -> None:
         """Send every layer's attention to `attend(module, query, key, value, **options)`."""
         if attend == self._attend:
@@ -306,7 +325,7 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation=ATTENTION_NAME, dtype=config.dtype or torch.float32
             )
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # whatever a model's own code, or a config that lacks something, leads to
         raise UnsupportedModel(
             f"transformers cannot build {config.model_type!r} from {folder} for this engine: {error}"
         ) from error
@@ -318,6 +337,8 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
         )
     # Only gradients know a padding row, and the rows gathered for a batch may be fewer than its index.
     model.get_input_embeddings().padding_idx = None
+    # It would look for the padding token among numbers of rows, and warn.
+    model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
     model.eval()
     model.requires_grad_(False)
     return Skeleton(model, config)

@@ -67,8 +67,10 @@ def attend_through_module(
     """The function registered with transformers: hands the call to the engine that owns the module.
 
     query `[1, heads, tokens, size]`, key and value `[1, key heads, tokens, size]`, unrepeated; returns
-    `[1, tokens, heads, value size]`.
+    `[1, tokens, heads, value size]`. A mask is handed on where there is one: while the model is probed.
     """
+    if attention_mask is not None:
+        options["attention_mask"] = attention_mask
     return module.capstan_attend(module, query, key, value, **options), None
 
 
