@@ -27,6 +27,7 @@ from torch.func import functional_call
 
 from capstan.errors import InputError, UnsupportedModel
 from capstan.generation.attention.packed import attend_through_module
+from capstan.generation.on_meta import parameters_on_meta
 
 ATTENTION_NAME = "capstan"
 _READING_NAME = "capstan masks"  # while masks are read
@@ -129,6 +130,10 @@ class Skeleton:
         self._attend: Any = None
         self._run = slice(None)  # of the model's layers, those that are here
         self.embedding_width = int(self.state[self.table].shape[1])
+
+    def untie(self) -> None:
+        """The output matrix is one of its own, whatever the config says."""
+        self.is_tied, self.head = False, self.head_parameter
 
     @property
     def num_layers(self) -> int:
@@ -321,7 +326,7 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
     if dtype is not None:
         config.dtype = dtype
     try:
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation=ATTENTION_NAME, dtype=config.dtype or torch.float32
             )
@@ -353,26 +358,6 @@ def _read_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise UnsupportedModel(f"transformers does not know the model in {folder}: {error}") from error
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Every parameter registered inside goes to the meta device; buffers stay real.
-
-    `torch.empty` of a large matrix costs nothing until it is touched, and initialisers see meta tensors.
-    """
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
