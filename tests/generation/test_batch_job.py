@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -370,7 +371,7 @@ def test_a_model_of_another_shape_is_refused(
     other, _ = plan_for(
         save_model(family_config("llama", num_hidden_layers=2)), device="cpu", machine=machine
     )
-    assert "another model;" in refused(other, path, output)
+    assert "another model and tokenizer" in refused(other, path, output)
 
 
 def test_a_model_of_the_same_shape_but_other_weights_is_refused(
@@ -441,3 +442,22 @@ def test_a_custom_id_with_half_a_surrogate_pair_does_not_stop_the_job(
 ) -> None:
     run(write('{"custom_id": "\\ud83d", "prompt": "x"}', {"custom_id": "b", "prompt": "x"}))
     assert set(lines_in(output)) == {"\ud83d", "b"}
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja", "generation_config.json"])
+def test_a_job_does_not_go_on_with_another_tokenizer_template_or_end(
+    file: str,
+    run: Callable[..., BatchReport],
+    folder: Path,
+    machine: Machine,
+    write: Callable[..., Path],
+    output: Path,
+    tmp_path: Path,
+) -> None:
+    path = write({"prompt": "x"})
+    run(path)
+    other = shutil.copytree(folder, tmp_path / "other")
+    changed = (other / file).read_text() if (other / file).exists() else "{}"
+    (other / file).write_text(changed + "\n")
+    planner, _ = plan_for(other, device="cpu", machine=machine)
+    assert "another tokenizer or chat template;" in refused(planner, path, output)

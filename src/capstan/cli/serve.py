@@ -79,6 +79,14 @@ TokenFileOption = Annotated[
         "option itself, because other users see the options of a running program."
     ),
 ]
+OriginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-origin",
+        help="A web page, as https://example.org, whose scripts may ask this server; may be given again. "
+        "'*' for every page.",
+    ),
+]
 BodyOption = Annotated[str, typer.Option("--max-body", help="Size of a request, at most.")]
 FileOption = Annotated[str, typer.Option("--max-file", help="Size of an uploaded file, at most.")]
 ShutdownOption = Annotated[
@@ -105,6 +113,7 @@ def serve(
     name: NameOption = None,
     files: FilesOption = None,
     token_file: TokenFileOption = None,
+    allow_origin: OriginOption = None,
     max_body: BodyOption = "4MiB",
     max_file: FileOption = "256MiB",
     shutdown_s: ShutdownOption = 30.0,
@@ -185,6 +194,7 @@ def serve(
             limits=limits,
             token=token,
             folder=files,
+            allow_origins=allow_origin or (),
             on_ready=lambda _: errors.print(f"{called} is served at {url}", markup=False, soft_wrap=True),
         )
         plan, trace = engine.plan, engine.trace

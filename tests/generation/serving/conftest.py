@@ -76,7 +76,11 @@ def serve(serving_engine: Engine) -> Serve:
 
     @contextmanager
     def serve(
-        engine: Engine | None = None, token: str | None = None, folder: Path | None = None, **limits: Any
+        engine: Engine | None = None,
+        token: str | None = None,
+        folder: Path | None = None,
+        allow_origins: tuple[str, ...] = (),
+        **limits: Any,
     ) -> Iterator[Running]:
         engine = engine or serving_engine
         ready: Queue[Any] = Queue()
@@ -91,6 +95,7 @@ def serve(serving_engine: Engine) -> Serve:
                 limits=bounds,
                 token=token,
                 folder=folder,
+                allow_origins=allow_origins,
                 on_ready=ready.put,
             )
             ended.add_done_callback(lambda _: ready.put(None))

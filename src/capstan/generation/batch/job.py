@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from capstan.generation.batch.answers import answer_line, error_line
-from capstan.generation.batch.ids import text_lines
+from capstan.generation.batch.ids import line_names, text_lines
 from capstan.generation.batch.journal import Journal
 from capstan.generation.batch.lines import BadLine, BatchRequest, parse_lines
 from capstan.generation.batch.rank_journal import FollowedJournal, open_together
@@ -23,6 +23,18 @@ from capstan.generation.runtime.measured import OnProgress, Progress
 from capstan.plans import Plan, Trace
 
 _SAMPLE_BYTES = 256
+_TEXT_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +68,22 @@ class BatchReport:
     trace: Trace | None
 
 
-def read_batch(path: Path, model: Model, *, max_tokens: int, shard: Shard = WHOLE) -> BatchFile:
-    """Read an input file and parse a shard of it.
+def read_batch(
+    path: Path, model: Model, *, max_tokens: int, shard: Shard = WHOLE, called: str | None = None
+) -> BatchFile:
+    """Read an input file and parse a shard of it. `called` is its name in errors; None for its path.
 
     Raises:
         InputError: there is no such file, or it is not text.
     """
     digest = hashlib.sha256()
-    lines = parse_lines(text_lines(path, digest.update), model, max_tokens=max_tokens, shard=shard)
+    lines = parse_lines(
+        text_lines(path, digest.update, called=called),
+        model,
+        max_tokens=max_tokens,
+        shard=shard,
+        taken=line_names(text_lines(path, called=called)),
+    )
     return BatchFile(
         path=path,
         digest=digest.hexdigest(),
@@ -100,6 +120,7 @@ def open_journal(
         "--shard": None if batch.shard == WHOLE else str(batch.shard),
         "--max-tokens": batch.max_tokens,
         "model": _fingerprint(model),
+        "tokenizer or chat template": _text_fingerprint(model.folder),
         "weights": sorted(codecs),
         "cache": sorted({layout.codec.name for layout in model.formats}),
     }
@@ -119,6 +140,16 @@ def _fingerprint(model: Model) -> str:
         for start in (0, (entry.size_bytes - len(sample)) // 2, entry.size_bytes - len(sample)):
             model.checkpoint.read(name, sample, start=start)
             digest.update(bytes(sample.tolist()))
+    return digest.hexdigest()
+
+
+def _text_fingerprint(folder: Path) -> str:
+    """What turns text into tokens and back, and where answers end: the small files beside the weights."""
+    digest = hashlib.sha256()
+    for name in _TEXT_FILES:
+        if (folder / name).is_file():
+            data = (folder / name).read_bytes()
+            digest.update(f"{name} {len(data)} ".encode() + data)
     return digest.hexdigest()
 
 

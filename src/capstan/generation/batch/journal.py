@@ -61,10 +61,15 @@ class Journal:
         self.close()
 
 
+# Signs at which readers that do not know JSON end a line, as Python's `splitlines` does.
+_LINE_ENDS = str.maketrans({sign: f"\\u{ord(sign):04x}" for sign in "\x85\u2028\u2029"})
+
+
 def _encoded(line: Mapping[str, Any]) -> bytes:
-    """A line of JSON; half a surrogate pair, which UTF-8 cannot write, is escaped."""
+    """A line of JSON. Escaped are signs that could end it, and halves of surrogate pairs, which UTF-8 cannot
+    write."""
     try:
-        return json.dumps(line, ensure_ascii=False).encode()
+        return json.dumps(line, ensure_ascii=False).translate(_LINE_ENDS).encode()
     except UnicodeEncodeError:
         return json.dumps(line).encode()
 

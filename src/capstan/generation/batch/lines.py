@@ -9,7 +9,7 @@ that other engines gave these extensions.
 Differs: temperature is 0 unless stated, so that the same file gives the same answers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
@@ -80,6 +80,7 @@ class BatchRequest(NamedTuple):
     request: Request
     is_chat: bool
     echo: bool
+    model: str | None = None  # that it asks for, by name
 
 
 class BadLine(NamedTuple):
@@ -90,15 +91,20 @@ class BadLine(NamedTuple):
 
 
 def parse_lines(
-    lines: Iterable[str], model: Model, *, max_tokens: int, shard: Shard = WHOLE
+    lines: Iterable[str],
+    model: Model,
+    *,
+    max_tokens: int,
+    shard: Shard = WHOLE,
+    taken: Set[str] = frozenset(),
 ) -> list[BatchRequest | BadLine]:
     """Read every line of a shard; what is wrong with one does not stop the others.
 
-    `max_tokens` is for lines that state none. Empty lines are passed over.
+    `max_tokens` is for lines that state none, `taken` as in `batch_lines`. Empty lines are passed over.
     """
     return [
         _parse_line(line, model, max_tokens)
-        for position, line in enumerate(batch_lines(lines), start=1)
+        for position, line in enumerate(batch_lines(lines, taken), start=1)
         if shard.holds(position)
     ]
 
@@ -121,12 +127,14 @@ def _parse_line(line: BatchLine, model: Model, max_tokens: int) -> BatchRequest 
 def first_fault(error: ValidationError) -> str:
     """Where a request is not as it should be, and why, in a line."""
     first = error.errors()[0]
+    if first["loc"][:1] == ("prompt",):  # what each of its forms lacks would tell less
+        return "prompt: Input should be text or a list of token ids"
     where = ".".join(str(part) for part in first["loc"][:2])
     return f"{where}: {first['msg']}"
 
 
 def _body_of(raw: dict[str, Any]) -> tuple[Body, str | None]:
-    if "body" in raw:
+    if "body" in raw or "url" in raw or "method" in raw:
         line = _Line.model_validate(raw)
         return Body.model_validate(line.body), line.url
     if not isinstance(raw.get("custom_id", ""), str):
@@ -136,7 +144,8 @@ def _body_of(raw: dict[str, Any]) -> tuple[Body, str | None]:
 
 
 def batch_request(custom_id: str, body: Body, url: str | None, model: Model, max_tokens: int) -> BatchRequest:
-    """What a request's parameters ask for, its prompt as tokens. `max_tokens` is for one that states none.
+    """What a request's parameters ask for, its prompt as tokens. `max_tokens` is for one that states none, or
+    what the context leaves room for.
 
     Raises:
         CapstanError: it cannot be answered.
@@ -146,16 +155,19 @@ def batch_request(custom_id: str, body: Body, url: str | None, model: Model, max
     if (body.prompt is None) == (body.messages is None):
         raise UsageError("a request has either 'prompt' or 'messages'")
     if url is not None and is_chat != (url == "/v1/chat/completions"):
-        raise UsageError(f"{url} takes {'prompt' if is_chat else 'messages'}, not both kinds of request")
+        given, wanted = ("messages", "prompt") if is_chat else ("prompt", "messages")
+        raise UsageError(f"url: {url} takes {wanted!r}, but the body has {given!r}")
     prompt = (
         chat_tokens(model, body.messages)
         if body.messages is not None
         else tokens_of(model, body.prompt or "")
     )
+    longest = model.skeleton.max_positions
+    fitting = max_tokens if longest is None else max(1, min(max_tokens, longest - len(prompt)))
     request = Request(
         id=custom_id,
         prompt=prompt,
-        max_tokens=_first_stated(body.max_completion_tokens, body.max_tokens, max_tokens),
+        max_tokens=_first_stated(body.max_completion_tokens, body.max_tokens, fitting),
         temperature=body.temperature or 0.0,
         top_k=max(0, body.top_k or 0),
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -170,7 +182,8 @@ def batch_request(custom_id: str, body: Body, url: str | None, model: Model, max
         ignore_eos=body.ignore_eos,
     )
     check_length(model, len(prompt), request.max_tokens)
-    return BatchRequest(custom_id, request, is_chat, body.echo)
+    stated = (body.model_extra or {}).get("model")
+    return BatchRequest(custom_id, request, is_chat, body.echo, stated if isinstance(stated, str) else None)
 
 
 def _first_stated(*values: int | None) -> int:
@@ -188,6 +201,10 @@ def _refuse_unknown(body: Body) -> None:
 
 
 def _logprobs(body: Body, is_chat: bool) -> int | None:
+    if body.top_logprobs and not is_chat:
+        raise UsageError("'top_logprobs' is for chats; in a completion 'logprobs' is a number")
+    if body.top_logprobs and not body.logprobs:
+        raise UsageError("'top_logprobs' needs 'logprobs': true")
     if is_chat:
         return (body.top_logprobs or 0) if body.logprobs else None
     if body.logprobs is None or body.logprobs is False:

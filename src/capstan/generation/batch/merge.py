@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from capstan.errors import CapstanError, InputError, UsageError
-from capstan.generation.batch.ids import batch_lines, text_lines
+from capstan.generation.batch.ids import batch_lines, line_names, text_lines
 from capstan.generation.batch.journal import changes, job_file, job_of
 from capstan.generation.batch.shard import WHOLE, Shard
 from capstan.storage import open_atomically
@@ -75,7 +75,7 @@ class _Merging:
     def __init__(self, outputs: Sequence[Path], batch: Path) -> None:
         self._outputs, self._batch = outputs, batch
         digest = hashlib.sha256()
-        lines = batch_lines(text_lines(batch, digest.update))
+        lines = batch_lines(text_lines(batch, digest.update), line_names(text_lines(batch)))
         self.numbers = {line.custom_id: line.number for line in lines}
         self.num_errors = 0
         self._digest = digest.hexdigest()
