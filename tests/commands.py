@@ -7,7 +7,7 @@ import transformers.models.auto.modeling_auto
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import capstan.evaluation.transformers_model
-import capstan.generation.batch_job
+import capstan.generation.batch.job
 from capstan.cli import main
 
 _kept: list[object] = []

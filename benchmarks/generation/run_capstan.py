@@ -8,7 +8,7 @@ import torch
 from workload import Job, Outcome, prompts_of, run, settled
 
 from capstan.generation import Engine, Request
-from capstan.generation.batching import Length
+from capstan.generation.planning.batching import Length
 from capstan.plans import compare, explain
 
 

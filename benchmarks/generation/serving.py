@@ -141,7 +141,7 @@ async def _ask(url: str, bodies: list[dict[str, Any]], clients: int) -> list[tup
 _ALONE = """
 import json, sys, psutil
 from capstan.generation import Engine, Request
-from capstan.generation.arrivals import Arrivals, open_lengths
+from capstan.generation.runtime.arrivals import Arrivals, open_lengths
 folder, longest, slots, bodies = sys.argv[1], *map(json.loads, sys.argv[2:])
 with Engine.open(folder, device="cpu", lengths=open_lengths(longest, slots)) as engine:
     arrivals, left = Arrivals(), len(bodies)

@@ -83,7 +83,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             for source, target in ways
         ),
     )
-    monkeypatch.setattr("capstan.generation.opening.this_machine", lambda device: machine)
+    monkeypatch.setattr("capstan.generation.planning.opening.this_machine", lambda device: machine)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from capstan.cli import demo_model
-from capstan.generation.batch_lines import BatchRequest, parse_lines
+from capstan.generation.batch.lines import BatchRequest, parse_lines
 from capstan.generation.model import open_model
 
 

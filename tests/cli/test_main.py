@@ -131,7 +131,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("capstan.generation.opening.plan_for", interrupted)
+    monkeypatch.setattr("capstan.generation.planning.opening.plan_for", interrupted)
     ran = run("generate", "--model", "x", "--input", "y", "--explain")
     assert ran.code == 130
     assert "The same command goes on where it was." in ran.err

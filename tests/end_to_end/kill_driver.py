@@ -18,7 +18,7 @@ import torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
-import capstan.generation.batch_job  # noqa: E402, F401
+import capstan.generation.batch.job  # noqa: E402, F401
 from capstan.cli import main  # noqa: E402
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from capstan.generation import Engine, Request
-from capstan.generation.batching import Length
+from capstan.generation.planning.batching import Length
 from capstan.hardware import Machine
 
 def peak_bytes():

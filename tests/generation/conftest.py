@@ -12,12 +12,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from capstan.generation import Engine, Request, decoding, plan_for, visits
-from capstan.generation.batching import BlockShape, Length, shape_for
-from capstan.generation.block_schedule import BlockSchedule
-from capstan.generation.placement import Tier, parse_wish
-from capstan.generation.planner import Planner
-from capstan.generation.recording import TAPES
+from capstan.generation import Engine, Request, plan_for
+from capstan.generation.attention import decoding
+from capstan.generation.planning.batching import BlockShape, Length, shape_for
+from capstan.generation.planning.placement import Tier, parse_wish
+from capstan.generation.planning.planner import Planner
+from capstan.generation.runtime import visits
+from capstan.generation.runtime.block_schedule import BlockSchedule
+from capstan.generation.runtime.recording import TAPES
 from capstan.hardware import Device, Link, Machine
 
 # The GPU tests also run where hypothesis is not installed.

@@ -13,9 +13,9 @@ import torch
 
 from capstan.errors import CapstanError
 from capstan.generation import Engine, Request, plan_for
-from capstan.generation.batching import Length, shape_for
-from capstan.generation.placement import parse_wish
-from capstan.generation.planner import Planner
+from capstan.generation.planning.batching import Length, shape_for
+from capstan.generation.planning.placement import parse_wish
+from capstan.generation.planning.planner import Planner
 from capstan.hardware import Machine
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from capstan.errors import UsageError
 from capstan.generation import Completion, Engine, Request
-from capstan.generation.measured import Progress
+from capstan.generation.runtime.measured import Progress
 
 MIXED = "weights=device:0.3,host:0.4,disk:0.3 cache=device:0.34,host:0.33,disk:0.33 activations=host"
 PROMPTS = ("a small crew", "the rope", "one hand", "round and round the sea")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from capstan.generation import Engine, Request
-from capstan.generation.arrivals import Arrivals, open_lengths
-from capstan.generation.measured import Progress
-from capstan.generation.sequences import Sequence
+from capstan.generation.runtime.arrivals import Arrivals, open_lengths
+from capstan.generation.runtime.measured import Progress
+from capstan.generation.runtime.sequences import Sequence
 
 LONGEST, SLOTS = 40, 3
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from capstan.generation.batch_answers import answer_line, error_line
-from capstan.generation.batch_lines import BadLine, BatchRequest
+from capstan.generation.batch.answers import answer_line, error_line
+from capstan.generation.batch.lines import BadLine, BatchRequest
 from capstan.generation.requests import Answer, Completion, Request, TokenLogprob
 
 A, B, C, D = 1, 2, 3, 4
@@ -18,7 +18,7 @@ A, B, C, D = 1, 2, 3, 4
 class Letters:
     """Token 1 is "a", token 2 is "bb", token 3 is "ccc", and so on."""
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int], **_: Any) -> str:
         return "".join(chr(96 + token) * token for token in tokens)
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from capstan.generation.batch_lines import BadLine, BatchRequest, parse_lines
+from capstan.generation.batch.ids import line_names
+from capstan.generation.batch.lines import BadLine, BatchRequest, parse_lines
 
 CONTEXT = 64
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -89,7 +90,13 @@ def test_a_plain_line(accept: Callable[..., BatchRequest], model: Any) -> None:
     request = asked.request
     assert request.id == "line-1"
     assert model.tokenizer.decode(request.prompt) == "hello"
-    assert (request.temperature, request.top_k, request.top_p, request.seed, request.n) == (0.0, 0, 1.0, 0, 1)
+    assert (request.temperature, request.top_k, request.top_p, request.seed, request.n) == (
+        0.0,
+        0,
+        1.0,
+        None,
+        1,
+    )
     assert (request.stop, request.logprobs, request.prompt_logprobs) == ((), None, None)
     assert not request.ignore_eos
 
@@ -152,7 +159,7 @@ def test_logprobs_of_completions_are_a_number(
         ({"logprobs": False}, None),
         ({"logprobs": True}, 0),
         ({"logprobs": True, "top_logprobs": 4}, 4),
-        ({"logprobs": False, "top_logprobs": 4}, None),
+        ({"logprobs": False, "top_logprobs": 0}, None),
     ],
 )
 def test_logprobs_of_chats_are_a_switch_and_a_number(
@@ -243,7 +250,10 @@ def openai(**changes: Any) -> dict[str, Any]:
         ({"prompt": ["a", "b"]}, "prompt"),
         ({"prompt": [[1], [2]]}, "prompt"),
         ({"prompt": 7}, "prompt"),
-        ({"prompt": "x" * 49}, "49 tokens and 16 new ones exceed the model's context of 64"),
+        (
+            {"prompt": "x" * 49, "max_tokens": 16},
+            "49 tokens and 16 new ones exceed the model's context of 64",
+        ),
         ({"prompt": "x", "max_tokens": 64}, "1 tokens and 64 new ones"),
         ({"prompt": "x", "max_tokens": -1}, "max_tokens of at least 1"),
         ({"prompt": "x", "max_tokens": 2.5}, "max_tokens"),
@@ -279,8 +289,18 @@ def openai(**changes: Any) -> dict[str, Any]:
         (spoken("hi"), "message 1, part 1: 'hi' is not text"),
         ({"messages": "hi"}, "messages"),
         ({"messages": ["hi"]}, "messages"),
-        (openai(url=CHAT), "/v1/chat/completions takes messages"),
-        (openai(body={"messages": [USER]}), "/v1/completions takes prompt"),
+        ({"messages": [USER], "top_logprobs": 4}, "'top_logprobs' needs 'logprobs': true"),
+        ({"messages": [USER], "logprobs": False, "top_logprobs": 4}, "'top_logprobs' needs 'logprobs': true"),
+        ({"prompt": "x", "logprobs": 2, "top_logprobs": 2}, "'top_logprobs' is for chats"),
+        ({"prompt": ["x", "y"]}, "prompt: Input should be text or a list of token ids"),
+        ({"prompt": "half \ud83d"}, "half of a surrogate pair"),
+        ({"messages": [{"role": "user", "content": "half \ud83d"}]}, "half of a surrogate pair"),
+        ({"custom_id": "a", "method": "POST", "url": COMPLETIONS}, "body: Field required"),
+        (openai(url=CHAT), "url: /v1/chat/completions takes 'messages', but the body has 'prompt'"),
+        (
+            openai(body={"messages": [USER]}),
+            "takes 'prompt', but the body has 'messages'",
+        ),
         (openai(url="/v1/embeddings"), "url"),
         (openai(method="GET"), "method"),
         (openai(body="x"), "body"),
@@ -306,7 +326,7 @@ def test_without_a_chat_template_messages_are_refused(model: Any) -> None:
     lines = [json.dumps({"messages": [USER]}), json.dumps({"prompt": "x"})]
     bad, good = parse_lines(lines, plain, max_tokens=4)
     assert isinstance(bad, BadLine)
-    assert "models/tiny has no chat template" in bad.reason
+    assert "tiny has no chat template" in bad.reason
     assert isinstance(good, BatchRequest)
 
 
@@ -390,3 +410,40 @@ def test_half_a_surrogate_pair_is_a_bad_line(name: str, refuse: Callable[..., st
 
 def test_a_custom_id_of_a_plain_line_that_is_no_text_is_refused(refuse: Callable[..., str]) -> None:
     assert "custom_id" in refuse({"custom_id": 5, "prompt": "x"})
+
+
+def test_a_line_without_an_id_leaves_those_that_others_state_to_them(model: Any) -> None:
+    lines = ["no request", json.dumps({"custom_id": "line-1", "prompt": "good"}), "{}"]
+    outcomes = parse_lines(lines, model, max_tokens=4, taken=line_names(lines))
+    assert [outcome.custom_id for outcome in outcomes] == ["line-1-again", "line-1", "line-3"]
+    assert isinstance(outcomes[1], BatchRequest)
+
+
+def test_a_line_that_states_no_max_tokens_gets_what_room_there_is(
+    accept: Callable[..., BatchRequest], refuse: Callable[..., str]
+) -> None:
+    assert accept(prompt="x" * (CONTEXT - 5)).request.max_tokens == 5
+    assert accept(prompt="x" * 10).request.max_tokens == 16
+    assert f"exceed the model's context of {CONTEXT}" in refuse({"prompt": "x" * CONTEXT})
+
+
+def test_ends_of_a_lines_own(accept: Callable[..., BatchRequest]) -> None:
+    request = accept(
+        prompt="x", stop_token_ids=[3, 4], include_stop_str_in_output=True, min_tokens=2, seed=0
+    ).request
+    assert (request.stop_token_ids, request.include_stop_str_in_output, request.min_tokens, request.seed) == (
+        (3, 4),
+        True,
+        2,
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("ends", "named"),
+    [({"min_tokens": -1}, "min_tokens from 0"), ({"stop_token_ids": [-1]}, "stop_token_ids of at least 0")],
+)
+def test_ends_that_make_no_sense_are_refused(
+    ends: dict[str, Any], named: str, refuse: Callable[..., str]
+) -> None:
+    assert named in refuse({"prompt": "x", **ends})

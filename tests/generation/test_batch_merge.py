@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from capstan.errors import DoesNotFit, InputError, UsageError
-from capstan.generation.batch_merge import merge
-from capstan.generation.journal import Journal
+from capstan.generation.batch.journal import Journal
+from capstan.generation.batch.merge import merge
 
 IDS = ("a", "b", "c", "d", "e")
 

@@ -9,12 +9,12 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from capstan.generation.batch_answers import error_line
-from capstan.generation.batch_ids import text_lines
-from capstan.generation.batch_lines import BadLine, BatchRequest, parse_lines
-from capstan.generation.batch_merge import merge
-from capstan.generation.batch_shard import WHOLE, Shard
-from capstan.generation.journal import Journal
+from capstan.generation.batch.answers import error_line
+from capstan.generation.batch.ids import line_names, text_lines
+from capstan.generation.batch.journal import Journal
+from capstan.generation.batch.lines import BadLine, BatchRequest, parse_lines
+from capstan.generation.batch.merge import merge
+from capstan.generation.batch.shard import WHOLE, Shard
 
 MODEL: Any = SimpleNamespace(
     folder=Path("models/tiny"),
@@ -38,7 +38,7 @@ files = st.builds(
 
 
 def parsed(path: Path, shard: Shard = WHOLE) -> list[BatchRequest | BadLine]:
-    return parse_lines(text_lines(path, lambda _: None), MODEL, max_tokens=4, shard=shard)
+    return parse_lines(text_lines(path), MODEL, max_tokens=4, shard=shard, taken=line_names(text_lines(path)))
 
 
 def answer(outcome: BatchRequest | BadLine) -> dict[str, Any]:

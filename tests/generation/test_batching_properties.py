@@ -5,11 +5,11 @@ from collections import Counter, defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capstan.generation.arrivals import open_lengths
-from capstan.generation.batching import BatchShape, Block, BlockShape, InFlight, Length, shape_for
-from capstan.generation.block_schedule import zigzag
-from capstan.generation.memory import extent_of
-from capstan.generation.visits import Visit
+from capstan.generation.planning.batching import BatchShape, Block, BlockShape, InFlight, Length, shape_for
+from capstan.generation.planning.memory import extent_of
+from capstan.generation.runtime.arrivals import open_lengths
+from capstan.generation.runtime.block_schedule import zigzag
+from capstan.generation.runtime.visits import Visit
 
 lengths_of_jobs = st.lists(st.builds(Length, st.integers(1, 30), st.integers(1, 8)), min_size=1, max_size=16)
 counts = st.integers(1, 5)

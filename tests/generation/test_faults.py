@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from capstan.errors import CapstanError, DoesNotFit
-from capstan.generation import Engine, Request, kv_cache, outcomes
-from capstan.generation.batching import Length
-from capstan.generation.kv_cache import KeyValueCache
-from capstan.generation.measured import Progress
+from capstan.generation import Engine, Request
+from capstan.generation.planning.batching import Length
+from capstan.generation.runtime import kv_cache, outcomes
+from capstan.generation.runtime.kv_cache import KeyValueCache
+from capstan.generation.runtime.measured import Progress
 from capstan.generation.skeleton import Skeleton
 from capstan.storage import Checkpoint, DiskSlab
 

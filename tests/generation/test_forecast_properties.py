@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from capstan.errors import DoesNotFit
 from capstan.generation import Engine, Request, plan_for
-from capstan.generation.batching import Length
-from capstan.generation.placement import TIERS, Wish
-from capstan.generation.planner import Planner
+from capstan.generation.planning.batching import Length
+from capstan.generation.planning.placement import TIERS, Wish
+from capstan.generation.planning.planner import Planner
 from capstan.hardware import Machine
 
 shares = st.one_of(

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from capstan.codecs import Cast, Codec, GroupQuantised, Identity
 from capstan.errors import DoesNotFit
-from capstan.generation import host_attention
-from capstan.generation.attention import AttentionGeometry
-from capstan.generation.host_attention import Seats, attend_on_host, reads_in_place
-from capstan.generation.row_format import RowFormat
+from capstan.generation.attention import host_attention
+from capstan.generation.attention.host_attention import Seats, attend_on_host, reads_in_place
+from capstan.generation.attention.packed import AttentionGeometry
+from capstan.generation.attention.row_format import RowFormat
 from capstan.hardware import compiler
 
 needs_compiler = pytest.mark.skipif(compiler._compiler() is None, reason="there is no C compiler")

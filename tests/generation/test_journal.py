@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from capstan.errors import DoesNotFit, InputError
-from capstan.generation.journal import Journal
+from capstan.generation.batch.journal import Journal
 
 JOB = {"input": "digest", "model": "fingerprint", "weights": ["identity"], "cache": ["identity"]}
 
@@ -323,3 +323,13 @@ def test_any_name_is_found_again(name: str, output: Path) -> None:
 def test_a_name_with_half_a_surrogate_pair_is_found_again(output: Path) -> None:
     write(output, json.loads('"\\ud83d"'))
     assert answered(output) == {"\ud83d"}
+
+
+def test_signs_at_which_other_programs_end_a_line_are_escaped(tmp_path: Path) -> None:
+    name = "a\u2028b\u2029c\x85d\u00e9"
+    with Journal(tmp_path / "out.jsonl", {"input": "x"}) as journal:
+        journal.append([{"custom_id": name}])
+    text = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
+    assert len(text.splitlines()) == 1
+    assert json.loads(text) == {"custom_id": name}
+    assert "\u00e9" in text

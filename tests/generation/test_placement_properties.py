@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capstan.errors import UsageError
-from capstan.generation.placement import TIERS, Placement, Wish, parse_wish, realised, spread
+from capstan.generation.planning.placement import TIERS, Placement, Wish, parse_wish, realised, spread
 
 sizes_of_tensors = st.lists(st.integers(1, 10**9), min_size=1, max_size=60)
 shares_of_tiers = (

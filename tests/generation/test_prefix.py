@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from capstan.generation import Engine, Request
-from capstan.generation.batching import Length
-from capstan.generation.prefixes import common_prefix
+from capstan.generation.planning.batching import Length
+from capstan.generation.planning.prefixes import common_prefix
 
 PREFIX = [(7 * at) % 120 + 1 for at in range(20)]
 # One prompt has a single token of its own, one begins its own part like the end of the prefix.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from capstan.generation import Request
-from capstan.generation.stage import Capacity, divide, pipelined
+from capstan.generation.planning.stage import Capacity, divide, pipelined
 from capstan.hardware import Machine
 
 RANKS_WORLD = Path(__file__).with_name("ranks_world.py")

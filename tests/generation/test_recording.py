@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from capstan.generation import Engine, Request
-from capstan.generation.recording import Recording, Standing
+from capstan.generation.runtime.recording import Recording, Standing
 from capstan.generation.skeleton import LayerCall, Skeleton
 
 PLACES = {

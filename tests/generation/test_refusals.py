@@ -12,7 +12,7 @@ import torch
 
 from capstan.errors import DeviceError, DoesNotFit, InputError, UnsupportedModel, UsageError
 from capstan.generation import Engine, Request, plan_for
-from capstan.generation.batching import Length
+from capstan.generation.planning.batching import Length
 from capstan.hardware import Machine
 
 
@@ -309,3 +309,91 @@ def test_a_device_that_is_not_there_is_refused(
         plan_for(model_folder("llama"), machine=machine, device="cuda")
     with pytest.raises(UsageError, match="The device is 'cuda', 'cpu' or 'auto', not 'tpu'"):
         plan_for(model_folder("llama"), machine=machine, device="tpu")
+
+
+# --- checkpoints that say one thing and hold another -------------------------------------------------------
+
+
+@pytest.fixture
+def tied(family_config: Callable[..., Any], save_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """A tiny Llama whose output matrix is its table, to be changed."""
+    return shutil.copytree(
+        save_model(family_config("llama", tie_word_embeddings=True)), tmp_path / "tied-model"
+    )
+
+
+_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _own_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[_HEAD] = tensors[_TABLE].flip(0).contiguous()
+
+
+def _nearly_equal_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[_HEAD] = tensors[_TABLE].clone()
+    tensors[_HEAD][-1] *= -4
+
+
+def _equal_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[_HEAD] = tensors[_TABLE].clone()
+
+
+def _only_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[_HEAD] = tensors.pop(_TABLE)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_tied"),
+    [(_own_head, False), (_nearly_equal_head, False), (_equal_head, True), (_only_head, True)],
+)
+def test_what_the_checkpoint_holds_decides_whether_a_model_is_tied(
+    change: Callable[[dict[str, torch.Tensor]], None],
+    is_tied: bool,
+    tied: Path,
+    requests: list[Request],
+    open_engine: Callable[..., Engine],
+    load_reference: Callable[[Path], Any],
+    answers_of: Callable[..., list[list[int]]],
+) -> None:
+    _rewrite(tied, change)
+    reference = load_reference(tied)
+    with open_engine(tied) as engine:
+        assert engine.model.skeleton.is_tied == is_tied
+        answers = answers_of(engine, requests)
+    assert answers == [reference.greedy(request.prompt, request.max_tokens) for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("stated", "method"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"bits": 4}, "unknown"),
+    ],
+)
+@pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
+def test_a_quantised_checkpoint_is_refused_by_the_name_of_its_method(
+    name: str, stated: dict[str, Any], method: str, folder: Path, open_engine: Callable[..., Engine]
+) -> None:
+    _change_config(folder, **{name: stated})
+    with pytest.raises(UnsupportedModel, match=f"quantised by '{method}' .{name} in its config.json"):
+        open_engine(folder)
+
+
+def test_a_generation_config_that_cannot_be_read_is_named(
+    folder: Path, open_engine: Callable[..., Engine]
+) -> None:
+    (folder / "generation_config.json").write_text("{bad")
+    with pytest.raises(InputError, match=r"generation_config.json, which says where answers end"):
+        open_engine(folder)
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_token_zero_can_end_an_answer(where: str, folder: Path, open_engine: Callable[..., Engine]) -> None:
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    _change_config(folder, eos_token_id=0 if where == "config.json" else 5)
+    if where == "generation_config.json":
+        (folder / where).write_text(json.dumps({"eos_token_id": 0}))
+    with open_engine(folder) as engine:
+        assert engine.model.stop_tokens == {0}

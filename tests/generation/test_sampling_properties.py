@@ -8,7 +8,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2, kstest
 
-from capstan.generation.sampling import Draw, choose, logprobs_of, uniform
+from capstan.generation.runtime.sampling import Draw, choose, logprobs_of, uniform
 
 SEEDS = st.integers(-(2**70), 2**70)
 
@@ -135,3 +135,56 @@ def test_logprobs_come_with_as_many_likeliest_tokens_as_each_row_asked_for():
     assert (second.token, second.logprob, second.top) == (0, wanted[1][0], ())
     everything = logprobs_of(logits, [1, 1], [100, 100])
     assert [token for token, _ in everything[1].top] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-320, 1e-31])
+def test_a_temperature_too_small_to_divide_by_takes_the_likeliest_token(temperature):
+    logits = torch.tensor([[0.0, 30.0, -5.0, 30.5]])
+    draws = [Draw(temperature, 0, 1.0, seed, 0) for seed in range(8)]
+    assert choose(logits.expand(8, 4), draws).tolist() == [3] * 8
+
+
+def test_a_temperature_too_large_for_a_float32_samples_evenly():
+    draws = [Draw(1e300, 0, 1.0, seed, 0) for seed in range(4000)]
+    counts = Counter(choose(torch.tensor([[0.0, 30.0, -5.0, 30.5]]).expand(4000, 4), draws).tolist())
+    statistic = sum((counts[token] - 1000) ** 2 / 1000 for token in range(4))
+    assert statistic < chi2(3).isf(1e-4)
+
+
+def test_tokens_that_must_not_come_do_not_and_the_others_keep_their_proportions():
+    logits = torch.tensor([2.0, 1.0, 0.0, 3.0])
+    draws = [Draw(1.0, 0, 1.0, seed, 0, banned=frozenset({3, 9})) for seed in range(4000)]
+    counts = Counter(choose(logits.expand(4000, 4), draws).tolist())
+    expected = (4000 * logits[:3].softmax(0)).tolist()
+    assert set(counts) == {0, 1, 2}
+    statistic = sum((counts[token] - wanted) ** 2 / wanted for token, wanted in enumerate(expected))
+    assert statistic < chi2(2).isf(1e-4)
+    greedy = Draw(0.0, 0, 1.0, 0, 0, banned=frozenset({3}))
+    assert choose(logits[None], [greedy]).tolist() == [0]
+
+
+def test_requests_without_a_seed_follow_the_models_distribution():
+    # One draw for each of many requests: what a file of copies of one prompt asks for.
+    from capstan.generation import Request
+    from capstan.generation.runtime.sequences import Sequence
+
+    logits = 1.5 * torch.randn(24, generator=torch.Generator().manual_seed(5))
+    requests = [Request(prompt=[1], temperature=0.8, id=f"request-{number}") for number in range(6000)]
+    sequences = [
+        Sequence(
+            request=request,
+            request_index=0,
+            answer=answer,
+            prompt=[1],
+            stop_tokens=frozenset(),
+            tokenizer=None,
+        )
+        for request in requests
+        for answer in (0, 1)
+    ]
+    tokens = choose(logits.expand(len(sequences), 24), [each.draw for each in sequences]).tolist()
+    counts = Counter(tokens)
+    expected = (len(tokens) * (logits / 0.8).softmax(0)).tolist()
+    statistic = sum((counts[token] - wanted) ** 2 / wanted for token, wanted in enumerate(expected))
+    # Seeds are made of the ids, so this passes always or never; fair draws fail one such test in 10,000.
+    assert statistic < chi2(23).isf(1e-4)

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from capstan.generation import Request
-from capstan.generation.sequences import Sequence
+from capstan.generation.runtime.sequences import Sequence
+from made_tokenizers import END, TURN, byte_level
 
 # One token for each byte and a few for several: text of any language, cut in the middle of its characters.
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -130,3 +131,96 @@ def test_every_answer_to_a_request_has_a_seed_of_its_own(answers):
         sequence.answer = answer
         seeds.add(sequence.draw.seed)
     assert len(seeds) == 2
+
+
+# --- special tokens, ends that a request states, the least number of tokens -----------------------------
+
+
+def _said(words: str, **settings) -> Sequence:
+    """A sequence of the made-up tokenizer that has said these words, or as many as it takes."""
+    tokenizer = byte_level()
+    sequence = Sequence(
+        request=Request(prompt=[1], **{"max_tokens": 99, **settings}),
+        request_index=0,
+        answer=0,
+        prompt=tokenizer("Hello")["input_ids"],
+        stop_tokens=frozenset({tokenizer.eos_token_id}),
+        tokenizer=tokenizer,
+    )
+    for token in tokenizer(words)["input_ids"]:
+        if sequence.finish_reason is None:
+            sequence.append(token)
+    return sequence
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "text", "num_tokens"),
+    [
+        (TURN, " world", 2),
+        (END, " world cat", 4),
+        (f"{TURN} c", " world", 3),
+        (f"world{TURN}", " ", 2),
+        ("cat", " world ", 3),
+    ],
+)
+def test_a_stop_text_may_hold_special_tokens(stop, text, num_tokens, ignore_eos):
+    sequence = _said(f" world{TURN} cat{END} foo", stop=(stop, "never"), ignore_eos=ignore_eos)
+    assert sequence.finish_reason == "stop"
+    assert len(sequence.generated) == num_tokens
+    assert sequence.finished().text == text
+
+
+def test_a_stop_text_is_part_of_the_answer_where_that_is_asked_for():
+    sequence = _said(" world foo cat", stop=("o f",), include_stop_str_in_output=True)
+    assert sequence.finish_reason is None
+    sequence = _said(" world foo cat", stop=("d f",), include_stop_str_in_output=True)
+    assert sequence.finished().text == " world f"
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_token_that_a_request_names_ends_it_and_is_not_shown(ignore_eos):
+    (foo,) = byte_level()(" foo")["input_ids"]
+    settings = {"stop_token_ids": (foo,), "ignore_eos": ignore_eos}
+    answer = _said(" world foo cat", **settings).finished()
+    assert (answer.text, answer.finish_reason, len(answer.tokens)) == (" world", "stop", 2)
+    shown = _said(" world foo cat", include_stop_str_in_output=True, **settings).finished()
+    assert shown.text == " world foo"
+
+
+def test_an_end_of_sequence_that_is_no_special_token_is_not_shown():
+    sequence = _grown(TOKENIZER.encode("abc"), max_tokens=9, stop_tokens=frozenset({_VOCABULARY["abc"]}))
+    assert sequence.finished().text == ""
+
+
+def test_before_the_least_number_of_tokens_nothing_ends_an_answer():
+    (foo,) = byte_level()(" foo")["input_ids"]
+    sequence = _said(" world foo world foo", stop=("foo",), min_tokens=2)
+    assert (len(sequence.generated), sequence.finished().text) == (4, " world foo world ")
+    assert sequence.draw.banned == frozenset()
+    waiting = _said(" world", stop_token_ids=(foo,), min_tokens=2)
+    assert waiting.draw.banned == {foo, byte_level().eos_token_id}
+    assert _said(" world", stop_token_ids=(foo,), min_tokens=2, ignore_eos=True).draw.banned == {foo}
+
+
+# --- seeds ----------------------------------------------------------------------------------------------
+
+
+def _seed(name: str, *, answer: int = 0, seed: int | None = None) -> int:
+    sequence = _growing(temperature=1.0, seed=seed, id=name)
+    sequence.answer = answer
+    return sequence.draw.seed
+
+
+@given(st.lists(st.text(max_size=8), unique=True, min_size=2, max_size=6))
+def test_without_a_seed_every_request_and_choice_is_drawn_apart_and_always_the_same(names):
+    places = [(name, answer) for name in names for answer in range(3)]
+    seeds = [_seed(name, answer=answer) for name, answer in places]
+    assert len(set(seeds)) == len(places)
+    assert seeds == [_seed(name, answer=answer) for name, answer in places]
+
+
+@given(st.text(max_size=8), st.text(max_size=8), st.integers(-5, 5))
+def test_a_stated_seed_decides_alone(one, other, seed):
+    assert _seed(one, seed=seed) == _seed(other, seed=seed)
+    assert _seed(one, seed=0) != _seed("x" + one)

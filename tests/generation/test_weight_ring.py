@@ -17,8 +17,9 @@ from torch import Tensor
 from capstan.errors import InputError
 from capstan.generation import plan_for
 from capstan.generation.model import Model
-from capstan.generation.placement import TIERS, Tier
-from capstan.generation.weights import DISK_TO_HOST, HOST_TO_DEVICE, WeightStore
+from capstan.generation.planning.placement import TIERS, Tier
+from capstan.generation.planning.resources import DISK_TO_HOST, HOST_TO_DEVICE
+from capstan.generation.runtime.weights import WeightStore
 from capstan.hardware import Machine
 from capstan.plans import Traffic
 from capstan.storage import DiskSlab

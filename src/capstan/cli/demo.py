@@ -120,7 +120,7 @@ def _perplexity(model: Path, folder: Path, texts: Sequence[str], bits: int) -> f
     """exp of the mean negative log-probability of a token given up to a window of tokens before it."""
     from capstan.cli.demo_model import CONTEXT
     from capstan.generation import Engine
-    from capstan.generation.batching import Length
+    from capstan.generation.planning.batching import Length
 
     window = [Length(CONTEXT // 2, 1)]
     with Engine.open(model, disk=folder / "scratch", weight_bits=bits, lengths=window) as engine:

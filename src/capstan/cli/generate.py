@@ -13,10 +13,10 @@ from capstan.cli.ranks import Ranks
 from capstan.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from capstan.generation.batch_job import BatchFile, BatchReport
-    from capstan.generation.batch_shard import Shard
-    from capstan.generation.measured import Progress
-    from capstan.generation.planner import JobPlan
+    from capstan.generation.batch.job import BatchFile, BatchReport
+    from capstan.generation.batch.shard import Shard
+    from capstan.generation.planning.planner import JobPlan
+    from capstan.generation.runtime.measured import Progress
 
 ModelOption = Annotated[
     Path,
@@ -122,9 +122,9 @@ def generate(
     Under torchrun the layers are divided over the ranks, each with its own device and memory.
     """
     # Imported here: torch and transformers take seconds, which `capstan --help` need not.
-    from capstan.generation.batch_job import lengths_of, open_journal, prefix_of, read_batch, run_batch
-    from capstan.generation.batch_shard import WHOLE, Shard
-    from capstan.generation.opening import plan_for
+    from capstan.generation.batch.job import lengths_of, open_journal, prefix_of, read_batch, run_batch
+    from capstan.generation.batch.shard import WHOLE, Shard
+    from capstan.generation.planning.opening import plan_for
     from capstan.plans import compare
     from capstan.plans import explain as explain_plan
 

@@ -41,7 +41,7 @@ def merge(
         capstan merge out-*.jsonl --input in.jsonl --output all.jsonl
     """
     # Imported here: torch, which the room of generation imports, takes seconds.
-    from capstan.generation import batch_merge
+    from capstan.generation.batch import merge as batch_merge
 
     report = batch_merge.merge(outputs, input_file, target, overwrite=overwrite)
     if as_json:

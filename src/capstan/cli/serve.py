@@ -25,7 +25,7 @@ from capstan.plans import Plan, Trace, compare, parse_bytes
 from capstan.plans import explain as explain_plan
 
 if TYPE_CHECKING:
-    from capstan.generation.planner import Planner
+    from capstan.generation.planning.planner import Planner
     from capstan.generation.serving.crew import Counts
 
 _TOKEN_VARIABLE = "CAPSTAN_TOKEN"
@@ -79,6 +79,14 @@ TokenFileOption = Annotated[
         "option itself, because other users see the options of a running program."
     ),
 ]
+OriginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-origin",
+        help="A web page, as https://example.org, whose scripts may ask this server; may be given again. "
+        "'*' for every page.",
+    ),
+]
 BodyOption = Annotated[str, typer.Option("--max-body", help="Size of a request, at most.")]
 FileOption = Annotated[str, typer.Option("--max-file", help="Size of an uploaded file, at most.")]
 ShutdownOption = Annotated[
@@ -105,6 +113,7 @@ def serve(
     name: NameOption = None,
     files: FilesOption = None,
     token_file: TokenFileOption = None,
+    allow_origin: OriginOption = None,
     max_body: BodyOption = "4MiB",
     max_file: FileOption = "256MiB",
     shutdown_s: ShutdownOption = 30.0,
@@ -135,9 +144,9 @@ def serve(
     """
     token = _token(token_file)
     # Imported here: torch and transformers take seconds, which `capstan --help` need not.
-    from capstan.generation.arrivals import open_lengths
     from capstan.generation.engine import Engine
-    from capstan.generation.opening import plan_for
+    from capstan.generation.planning.opening import plan_for
+    from capstan.generation.runtime.arrivals import open_lengths
     from capstan.generation.serving import Limits, is_loopback, listen, run_server
 
     errors = Console(stderr=True, highlight=False)
@@ -185,6 +194,7 @@ def serve(
             limits=limits,
             token=token,
             folder=files,
+            allow_origins=allow_origin or (),
             on_ready=lambda _: errors.print(f"{called} is served at {url}", markup=False, soft_wrap=True),
         )
         plan, trace = engine.plan, engine.trace

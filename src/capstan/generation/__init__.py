@@ -10,7 +10,7 @@ from capstan.errors import require_extra
 require_extra("generation", "torch", "transformers", "safetensors", "tokenizers")
 
 from capstan.generation.engine import Engine  # noqa: E402
-from capstan.generation.opening import plan_for  # noqa: E402
+from capstan.generation.planning.opening import plan_for  # noqa: E402
 from capstan.generation.requests import Answer, Completion, Request, Score, TokenLogprob  # noqa: E402
 
 __all__ = ["Answer", "Completion", "Engine", "Request", "Score", "TokenLogprob", "plan_for"]

@@ -6,7 +6,7 @@ transformers can build, without a table of architectures.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from capstan.errors import UnsupportedModel
-from capstan.generation.attention import AttentionGeometry, geometry_of
+from capstan.errors import CapstanError, UnsupportedModel
+from capstan.generation.attention.masks import MaskReader, geometry_by_mask
+from capstan.generation.attention.packed import AttentionGeometry, geometry_of
 from capstan.generation.skeleton import FrontOutput, LayerCall, Skeleton
+from capstan.generation.token_watch import TokenWatch
 from capstan.storage.live_bytes import LiveBytes
 
 # Token counts for which intermediate values are measured, large enough that constant parts do not show.
@@ -50,32 +52,65 @@ class Anatomy:
     def __init__(self, skeleton: Skeleton) -> None:
         self._skeleton = skeleton
         self.itemsize = skeleton.compute_dtype.itemsize
-        front = self._front(2)
-        self.call_bytes_per_token = self._call_bytes_per_token()
-        self.layers = tuple(self._layer(index, front.calls[index]) for index in range(skeleton.num_layers))
         self._measured_workspace = cache(self._workspace)
-        self.dispatch_s = self._dispatch_s()
+        try:
+            self.call_bytes_per_token = self._call_bytes_per_token()
+            self.layers = self._layers()
+            self.dispatch_s = self._dispatch_s()
+        except CapstanError:
+            raise
+        except Exception as error:  # whatever a model's own code leads to when it is run in pieces
+            raise UnsupportedModel(
+                f"{type(skeleton.model).__name__} does not run in pieces, layer by layer over packed "
+                f"sequences, as this engine runs models: {type(error).__name__}: {error}"
+            ) from error
 
     @property
     def cached_elements(self) -> tuple[int, ...]:
         """Elements of keys and values that one token leaves in each layer's cache."""
         return tuple(layer.geometry.cached_elements for layer in self.layers)
 
+    def _layers(self) -> tuple[LayerAnatomy, ...]:
+        skeleton, reader = self._skeleton, MaskReader()
+        with skeleton.masks_read_by(reader.make):
+            front = self._watched_front()
+        return tuple(self._layer(index, front.calls[index], reader) for index in range(skeleton.num_layers))
+
+    def _watched_front(self) -> FrontOutput:
+        """The front's output for two tokens at the first positions."""
+        skeleton = self._skeleton
+        rows, numbers = self._rows(2), torch.arange(2)
+        with torch.inference_mode(), _buffers_on("cpu", skeleton.model), TokenWatch(numbers, rows) as watch:
+            front = skeleton.front(rows, torch.arange(2), self._rest(), numbers=numbers)
+        if watch.other_use is not None:
+            raise UnsupportedModel(
+                f"{type(skeleton.model).__name__} uses token ids for more than its input embedding "
+                f"({watch.other_use}), which this engine does not do."
+            )
+        return front
+
     def _front(self, num_tokens: int) -> FrontOutput:
         """The front's output on the host, from weights that are all zero and take no memory."""
         skeleton = self._skeleton
-        rest = {spec.name: torch.zeros((), dtype=spec.dtype).expand(spec.shape) for spec in skeleton.rest}
-        width = skeleton.state[skeleton.table].shape[1]
-        rows = torch.zeros((), dtype=skeleton.compute_dtype).expand(num_tokens, width)
+        positions = torch.zeros(num_tokens, dtype=torch.long)
         with torch.inference_mode(), _buffers_on("cpu", skeleton.model):
-            return skeleton.front(rows, torch.zeros(num_tokens, dtype=torch.long), rest)
+            return skeleton.front(self._rows(num_tokens), positions, self._rest())
+
+    def _rows(self, num_tokens: int) -> Tensor:
+        skeleton = self._skeleton
+        return torch.zeros((), dtype=skeleton.compute_dtype).expand(num_tokens, skeleton.embedding_width)
+
+    def _rest(self) -> dict[str, Tensor]:
+        return {
+            spec.name: torch.zeros((), dtype=spec.dtype).expand(spec.shape) for spec in self._skeleton.rest
+        }
 
     def _call_bytes_per_token(self) -> int:
         """Bytes of layer arguments (rotary tables and the like) that each token keeps during a sweep."""
         few, many = (_storage_bytes(self._front(count).calls) for count in (16, 32))
         return -(-(many - few) // 16)
 
-    def _layer(self, index: int, call: LayerCall) -> LayerAnatomy:
+    def _layer(self, index: int, call: LayerCall, reader: MaskReader) -> LayerAnatomy:
         skeleton = self._skeleton
         seen: list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]] = []
 
@@ -87,15 +122,31 @@ class Anatomy:
             seen.append((query, key, value, options))
             return _attention_result(query, value)
 
-        self._run_on_meta(index, call, 2, attend)
+        try:
+            self._run_on_meta(index, call, 2, attend, kept=reader.rule)
+        except CapstanError:
+            raise
+        except Exception:  # a mask's mark has bytes; where it is computed with, nothing may have any
+            seen.clear()
+            self._run_on_meta(index, call, 2, attend)
         if len(seen) != 1:
             raise UnsupportedModel(
                 f"Layer {index} of {type(skeleton.model).__name__} calls its attention {len(seen)} times; "
                 "this engine places the KV cache of layers that call it once."
             )
         query, key, value, options = seen[0]
+        mask, name = options.pop("attention_mask", None), type(skeleton.model).__name__
+        geometry = geometry_of(query, key, value, options, name)
+        if mask is not None:
+            rule = reader.rule(mask)
+            if rule is None:
+                raise UnsupportedModel(
+                    f"Layer {index} of {name} makes a mask of its own for its attention, which this engine "
+                    "does not do."
+                )
+            geometry = geometry_by_mask(geometry, rule, skeleton.max_positions, name)
         return LayerAnatomy(
-            geometry=geometry_of(query, key, value, options, type(skeleton.model).__name__),
+            geometry=geometry,
             flops_per_token=_flops_per_token(skeleton, index),
         )
 
@@ -133,7 +184,10 @@ class Anatomy:
         num_tokens: int,
         attend: Any,
         observer: AbstractContextManager[Any] | None = None,
+        *,
+        kept: Callable[[Tensor], Any] = lambda _: None,
     ) -> None:
+        """Run a layer where tensors have no bytes. Of the call's, those that are `kept` stay as they are."""
         skeleton = self._skeleton
         skeleton.attend_with(attend)
         weights = {
@@ -141,7 +195,7 @@ class Anatomy:
             for spec in skeleton.layer_tensors(index)
         }
         hidden = torch.empty(1, num_tokens, skeleton.hidden_size, dtype=skeleton.compute_dtype, device="meta")
-        call = tree_map(_to_meta, call)
+        call = tree_map(lambda value: value if _is_kept(value, kept) else _to_meta(value), call)
         with (
             torch.inference_mode(),
             _buffers_on("meta", skeleton.layers[index]),
@@ -179,6 +233,10 @@ def _operation_s() -> float:
 
 def _to_meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _is_kept(value: Any, kept: Callable[[Tensor], Any]) -> bool:
+    return isinstance(value, Tensor) and kept(value) is not None
 
 
 def _attention_result(query: Tensor, value: Tensor) -> Tensor:

@@ -12,12 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from capstan.errors import InputError, UnsupportedModel
 from capstan.generation.skeleton import Skeleton, TensorSpec
 from capstan.storage import Checkpoint, TensorRange
 
 _STACK = "MergeModulelist"
 _JOIN = "Concatenate"
+# Two output matrices are compared in runs of so many bytes.
+_COMPARED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,8 @@ def map_checkpoint(skeleton: Skeleton, checkpoint: Checkpoint) -> Sources:
         )
         candidates[target].append(_Candidate(source, pattern))
 
+    if skeleton.is_tied and skeleton.head_parameter != skeleton.table:
+        _settle_tie(skeleton, checkpoint, candidates)
     wanted = {name: spec for name, spec in skeleton.state.items() if not _is_alias(skeleton, name)}
     missing = [name for name in wanted if name not in candidates]
     if missing:
@@ -71,6 +77,29 @@ def map_checkpoint(skeleton: Skeleton, checkpoint: Checkpoint) -> Sources:
             "do not belong together, or a file is missing."
         )
     return {name: _pieces(spec, candidates[name], by_pattern) for name, spec in wanted.items()}
+
+
+def _settle_tie(skeleton: Skeleton, checkpoint: Checkpoint, candidates: dict[str, list[_Candidate]]) -> None:
+    """Of a model that its config calls tied, the checkpoint may have only the output matrix, which is the
+    table then, or both; two that differ are not tied, as in transformers."""
+    table, head = candidates.get(skeleton.table, []), candidates.get(skeleton.head_parameter, [])
+    if head and not table:
+        candidates[skeleton.table] = head
+    elif len(head) == len(table) == 1 and not _are_equal(checkpoint, head[0].source, table[0].source):
+        skeleton.untie()
+
+
+def _are_equal(checkpoint: Checkpoint, one: TensorRange, other: TensorRange) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for start in range(0, one.size_bytes, _COMPARED_BYTES):
+        size_bytes = min(_COMPARED_BYTES, one.size_bytes - start)
+        runs = [torch.empty(size_bytes, dtype=torch.uint8) for _ in range(2)]
+        for source, run in zip((one, other), runs, strict=True):
+            checkpoint.read(source.name, run, start=start)
+        if not torch.equal(*runs):
+            return False
+    return True
 
 
 def _is_alias(skeleton: Skeleton, name: str) -> bool:

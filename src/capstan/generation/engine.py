@@ -10,27 +10,27 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from capstan.errors import UsageError
-from capstan.generation.arrivals import Arrivals
-from capstan.generation.attention import (
+from capstan.generation.attention.packed import (
     FUSED_ATTENTION,
     decode_attention,
     prefill_attention,
     visible_rows,
 )
-from capstan.generation.batching import BlockShape, Length
-from capstan.generation.cache_buffers import host_bytes
-from capstan.generation.job import Job
-from capstan.generation.measured import OnProgress
-from capstan.generation.memory import extent_of
 from capstan.generation.model import Model
-from capstan.generation.opening import plan_for
-from capstan.generation.planner import JobPlan, Planner
-from capstan.generation.prefixes import shared_prefix
+from capstan.generation.planning.batching import BlockShape, Length
+from capstan.generation.planning.cache_buffers import host_bytes
+from capstan.generation.planning.memory import extent_of
+from capstan.generation.planning.opening import plan_for
+from capstan.generation.planning.planner import JobPlan, Planner
+from capstan.generation.planning.prefixes import shared_prefix
 from capstan.generation.prompts import check_length, tokens_of
 from capstan.generation.requests import Completion, Request, Score
-from capstan.generation.sequences import Sequence as Growing
-from capstan.generation.sequences import completion_of
-from capstan.generation.weights import WeightStore
+from capstan.generation.runtime.arrivals import Arrivals
+from capstan.generation.runtime.job import Job
+from capstan.generation.runtime.measured import OnProgress
+from capstan.generation.runtime.sequences import Sequence as Growing
+from capstan.generation.runtime.sequences import completion_of
+from capstan.generation.runtime.weights import WeightStore
 from capstan.hardware import Machine
 from capstan.plans import Plan, Trace
 from capstan.storage import Checkpoint, DiskSlab, SlabKeeper

@@ -9,7 +9,7 @@ import torch
 
 from capstan.codecs import Cast, Codec, GroupQuantised, Identity
 from capstan.errors import UsageError
-from capstan.generation.attention import AttentionGeometry
+from capstan.generation.attention.packed import AttentionGeometry
 from capstan.generation.checkpoint_map import Sources
 from capstan.generation.skeleton import Skeleton, TensorSpec
 from capstan.storage import Checkpoint

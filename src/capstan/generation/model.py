@@ -1,5 +1,6 @@
 """A model as the planner and the engine see it: structure, facts, bytes; no weights yet."""
 
+import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,13 +8,13 @@ from typing import Any
 
 import torch
 
-from capstan.errors import InputError
+from capstan.errors import InputError, UnsupportedModel
 from capstan.generation.anatomy import Anatomy
+from capstan.generation.attention.row_format import RowFormat
 from capstan.generation.checkpoint_map import Sources, map_checkpoint
 from capstan.generation.inventory import Inventory, cache_codec, take_inventory
-from capstan.generation.row_format import RowFormat
+from capstan.generation.planning.stage import Stage
 from capstan.generation.skeleton import Skeleton, open_skeleton
-from capstan.generation.stage import Stage
 from capstan.storage import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ def open_model(
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}. Name a folder with a model in Hugging Face format.")
+    _refuse_quantised(folder)
     checkpoint = checkpoint or Checkpoint(folder)
     skeleton = open_skeleton(folder, dtype or dominant_dtype(checkpoint))
     sources = map_checkpoint(skeleton, checkpoint)
@@ -117,6 +119,23 @@ def open_model(
     )
 
 
+def _refuse_quantised(folder: Path) -> None:
+    """Weights in a format of their own must be decoded by its rules, which this engine does not have."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return  # told of where it is read
+    parts = [part for part in (config, *config.values()) if isinstance(part, dict)] if config else []
+    for name in ("quantization_config", "compression_config"):
+        stated = next((part[name] for part in parts if part.get(name)), None)
+        if stated is not None:
+            method = stated.get("quant_method", "unknown") if isinstance(stated, dict) else stated
+            raise UnsupportedModel(
+                f"The weights in {folder} are quantised by {method!r} ({name} in its config.json), which "
+                "this engine does not read. Give plain weights; --weight-bits 8 or 4 quantises them."
+            )
+
+
 def dominant_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The floating-point dtype that most bytes of the checkpoint have."""
     totals: dict[torch.dtype, int] = {}
@@ -149,7 +168,14 @@ def _stop_tokens(folder: Path, config: Any) -> frozenset[int]:
 
     stated = getattr(config.get_text_config(), "eos_token_id", None)
     if (folder / "generation_config.json").exists():
-        stated = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id or stated
+        try:
+            own = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{folder / 'generation_config.json'}, which says where answers end, cannot be read: {error} "
+                "Mend it, or take it away if config.json says so too."
+            ) from error
+        stated = stated if own is None else own
     if stated is None:
         return frozenset()
     return frozenset(stated if isinstance(stated, list) else [stated])

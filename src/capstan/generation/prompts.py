@@ -16,9 +16,9 @@ def tokens_of(model: Model, prompt: str | Sequence[int]) -> list[int]:
     if not isinstance(prompt, str):
         tokens = [int(token) for token in prompt]
     elif model.tokenizer is None:
-        raise InputError(f"{model.folder} has no tokenizer; give prompts as lists of token ids.")
+        raise InputError(f"{model.folder.name} has no tokenizer; give prompts as lists of token ids.")
     else:
-        tokens = list(model.tokenizer(prompt)["input_ids"])
+        tokens = list(model.tokenizer(_whole(prompt))["input_ids"])
     if not tokens:
         raise InputError("The prompt is empty; a prompt needs at least one token.")
     size = model.skeleton.vocabulary_size
@@ -38,7 +38,7 @@ def chat_tokens(model: Model, messages: Sequence[dict[str, Any]]) -> list[int]:
     template = getattr(model.tokenizer, "chat_template", None)
     if template is None:
         raise InputError(
-            f"{model.folder} has no chat template, so 'messages' cannot become a prompt. "
+            f"{model.folder.name} has no chat template, so 'messages' cannot become a prompt. "
             "Give 'prompt' instead, or add a chat_template to tokenizer_config.json."
         )
     from jinja2 import TemplateError
@@ -47,9 +47,23 @@ def chat_tokens(model: Model, messages: Sequence[dict[str, Any]]) -> list[int]:
     try:
         text = model.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"The chat template of {model.folder} refuses these messages: {error}") from error
-    tokens = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        raise InputError(
+            f"The chat template of {model.folder.name} refuses these messages: {error}"
+        ) from error
+    tokens = list(model.tokenizer(_whole(text), add_special_tokens=False)["input_ids"])
     return tokens_of(model, tokens)
+
+
+def _whole(text: str) -> str:
+    """The text, if it is one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"The prompt has half of a surrogate pair, {text[error.start]!r}, which is no character; write "
+            "the character itself or both halves."
+        ) from None
+    return text
 
 
 def _in_plain_text(message: dict[str, Any], number: int) -> dict[str, Any]:
@@ -67,11 +81,15 @@ def _in_plain_text(message: dict[str, Any], number: int) -> dict[str, Any]:
     return {**message, "content": "".join(part["text"] for part in parts)}
 
 
+class ContextExceeded(InputError):
+    """A prompt and what is to follow it are longer than the model's context."""
+
+
 def check_length(model: Model, num_prompt_tokens: int, num_new: int) -> None:
-    """Raise `InputError` if a prompt and its answer exceed the model's context."""
+    """Raise `ContextExceeded` if a prompt and its answer exceed the model's context."""
     longest = model.skeleton.max_positions
     if longest is not None and num_prompt_tokens + num_new > longest:
-        raise InputError(
+        raise ContextExceeded(
             f"A prompt of {num_prompt_tokens:,} tokens and {num_new:,} new ones exceed the model's "
             f"context of {longest:,}. Shorten the prompt or lower max_tokens."
         )

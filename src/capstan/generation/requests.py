@@ -16,12 +16,17 @@ class Request:
     Args:
         prompt: text, or token ids.
         max_tokens: the most tokens to generate.
-        temperature: 0 takes the likeliest token (the default: the same prompt gives the same answer);
-            above 0 samples.
+        temperature: 0 takes the likeliest token (the default: the same prompt gives the same answer), and so
+            does what is too small for a float32 to divide by; above that samples.
         top_k: sample among the k likeliest only; 0 for all.
         top_p: sample among the likeliest tokens that together reach this probability; 1 for all.
-        seed: with it, a sampled answer is the same in any batch, block or run.
-        stop: texts that end the answer; they are not part of it.
+        seed: with it, a sampled answer is the same in any batch, block or run, and under any id.
+            Without it, chance depends on `id`: requests of different ids are drawn apart, and the same
+            requests come out the same.
+        stop: texts that end the answer; they are not part of it. One may hold special tokens by name.
+        stop_token_ids: tokens that end the answer as the model's own end does, `ignore_eos` or not.
+        include_stop_str_in_output: the stop text is part of the answer.
+        min_tokens: so many tokens come before a stop text counts or an ending token can be drawn.
         n: how many answers.
         logprobs: report the log-probability of each token, and of so many of the likeliest beside it.
         prompt_logprobs: the same for the prompt's tokens.
@@ -34,8 +39,11 @@ class Request:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -53,6 +61,13 @@ class Request:
         require(0 < self.top_p <= 1, "top_p above 0 and at most 1", self.top_p)
         require(1 <= self.n <= 128, "n from 1 to 128", self.n)
         require(all(self.stop), "stop texts that are not empty", self.stop)
+        require(
+            all(token >= 0 for token in self.stop_token_ids),
+            "stop_token_ids of at least 0",
+            self.stop_token_ids,
+        )
+        fits = 0 <= self.min_tokens <= self.max_tokens
+        require(fits, f"min_tokens from 0 to its max_tokens of {self.max_tokens}", self.min_tokens)
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             require(count is None or 0 <= count <= 100, f"{name} from 0 to 100", count)

@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from capstan.errors import InputError, UnsupportedModel
-from capstan.generation.attention import attend_through_module
+from capstan.generation.attention.packed import attend_through_module
+from capstan.generation.on_meta import parameters_on_meta
 
 ATTENTION_NAME = "capstan"
+_READING_NAME = "capstan masks"  # while masks are read
 Weights = Mapping[str, Tensor]
 
 
@@ -129,6 +131,10 @@ class Skeleton:
         self._run = slice(None)  # of the model's layers, those that are here
         self.embedding_width = int(self.state[self.table].shape[1])
 
+    def untie(self) -> None:
+        """The output matrix is one of its own, whatever the config says."""
+        self.is_tied, self.head = False, self.head_parameter
+
     @property
     def num_layers(self) -> int:
         return len(self.layers)
@@ -192,12 +198,16 @@ class Skeleton:
                     if buffer is not None and not buffer.is_meta:
                         part._buffers[name] = buffer.to(device)
 
-    def front(self, rows: Tensor, positions: Tensor, rest: Weights) -> FrontOutput:
+    def front(
+        self, rows: Tensor, positions: Tensor, rest: Weights, *, numbers: Tensor | None = None
+    ) -> FrontOutput:
         """Run everything before the first layer.
 
-        rows: the table's rows of the tokens, `[tokens, width]`; positions: `[tokens]`.
+        rows: the table's rows of the tokens, `[tokens, width]`; positions: `[tokens]`; numbers: those of the
+        rows, `[tokens]`, where the caller watches what becomes of them.
         """
-        tokens = torch.arange(rows.shape[0], device=rows.device)  # row i of the gathered table is token i
+        # Row i of the gathered table is token i.
+        tokens = torch.arange(rows.shape[0], device=rows.device) if numbers is None else numbers
         calls: list[tuple[Tensor, LayerCall]] = []
         base, prefix = self.model.base_model, f"{self.model.base_model_prefix}."
         weights = {name: tensor for name, tensor in rest.items() if name.startswith(prefix)} | {
@@ -256,6 +266,20 @@ class Skeleton:
         logits: Tensor = output.logits[0]
         return logits
 
+    @contextmanager
+    def masks_read_by(self, make: Any) -> Iterator[None]:
+        """Masks that the model's forward asks for inside are made by `make`; outside there are none."""
+        from transformers import AttentionMaskInterface
+
+        config = self.model.config
+        AttentionMaskInterface.register(_READING_NAME, make)
+        config._attn_implementation = _READING_NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = ATTENTION_NAME
+            AttentionMaskInterface.register(_READING_NAME, None)
+
     def attend_with(self, attend: Any) -> None:
         """Send every layer's attention to `attend(module, query, key, value, **options)`."""
         if attend == self._attend:
@@ -302,11 +326,11 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
     if dtype is not None:
         config.dtype = dtype
     try:
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation=ATTENTION_NAME, dtype=config.dtype or torch.float32
             )
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # whatever a model's own code, or a config that lacks something, leads to
         raise UnsupportedModel(
             f"transformers cannot build {config.model_type!r} from {folder} for this engine: {error}"
         ) from error
@@ -318,6 +342,8 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
         )
     # Only gradients know a padding row, and the rows gathered for a batch may be fewer than its index.
     model.get_input_embeddings().padding_idx = None
+    # It would look for the padding token among numbers of rows, and warn.
+    model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
     model.eval()
     model.requires_grad_(False)
     return Skeleton(model, config)
@@ -332,26 +358,6 @@ def _read_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise UnsupportedModel(f"transformers does not know the model in {folder}: {error}") from error
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Every parameter registered inside goes to the meta device; buffers stay real.
-
-    `torch.empty` of a large matrix costs nothing until it is touched, and initialisers see meta tensors.
-    """
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:

@@ -17,8 +17,8 @@ import pytest
 from openai import OpenAI
 
 from capstan.generation import Engine
-from capstan.generation.arrivals import open_lengths
-from capstan.generation.block_schedule import BlockSchedule
+from capstan.generation.runtime.arrivals import open_lengths
+from capstan.generation.runtime.block_schedule import BlockSchedule
 from capstan.generation.serving import Limits, listen, run_server
 
 LONGEST, SLOTS = 96, 8
@@ -76,7 +76,11 @@ def serve(serving_engine: Engine) -> Serve:
 
     @contextmanager
     def serve(
-        engine: Engine | None = None, token: str | None = None, folder: Path | None = None, **limits: Any
+        engine: Engine | None = None,
+        token: str | None = None,
+        folder: Path | None = None,
+        allow_origins: tuple[str, ...] = (),
+        **limits: Any,
     ) -> Iterator[Running]:
         engine = engine or serving_engine
         ready: Queue[Any] = Queue()
@@ -91,6 +95,7 @@ def serve(serving_engine: Engine) -> Serve:
                 limits=bounds,
                 token=token,
                 folder=folder,
+                allow_origins=allow_origins,
                 on_ready=ready.put,
             )
             ended.add_done_callback(lambda _: ready.put(None))

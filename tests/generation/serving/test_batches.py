@@ -157,7 +157,8 @@ def test_a_damaged_journal_makes_the_batch_fail_and_the_server_live(
     with serve(folder=tmp_path) as running:
         ended = _ended(running.openai(), batch.id)
         assert ended.status == "failed"
-        assert "line 1" in ended.errors.data[0].message
+        assert "cannot be gone on with: it is damaged" in ended.errors.data[0].message
+        assert str(tmp_path) not in ended.errors.data[0].message
         assert running.openai().completions.create(model="crew", prompt="the rope", max_tokens=1)
 
 
@@ -224,3 +225,23 @@ def test_a_client_that_does_not_read_is_cut_off(keeping: Any) -> None:
             pass
     assert received < size
     assert keeping.openai().files.content(made.id).read() == bytes(size)
+
+
+def test_lines_for_another_model_are_bad_ones(keeping: Any) -> None:
+    client = keeping.openai()
+    lines = _lines(2)
+    lines[1]["body"]["model"] = "another"
+    ended = _ended(client, _start(client, lines).id)
+    assert (ended.request_counts.completed, ended.request_counts.failed) == (1, 1)
+    (bad,) = _content(client, ended.error_file_id)
+    assert "there is no model 'another' here" in bad["response"]["body"]["error"]["message"]
+
+
+def test_a_file_that_is_no_text_is_named_as_the_client_knows_it(keeping: Any, folder: Path) -> None:
+    client = keeping.openai()
+    made = client.files.create(file=("in.jsonl", b"\xff\xfe\x00"), purpose="batch")
+    batch = client.batches.create(input_file_id=made.id, endpoint="/v1/completions", completion_window="24h")
+    ended = _ended(client, batch.id)
+    assert ended.status == "failed"
+    assert f"The file {made.id} is not UTF-8 text" in ended.errors.data[0].message
+    assert str(folder) not in ended.errors.data[0].message

@@ -1,5 +1,6 @@
 """The openai client, unchanged, gets what the engine itself answers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -55,7 +56,7 @@ def test_several_prompts_in_one_request_are_answered_in_their_order(
     expected = [
         answer.text
         for prompt in PROMPTS
-        for answer in _alone(running, prompt=prompt, max_tokens=5, temperature=1.0, n=2).answers
+        for answer in _alone(running, prompt=prompt, max_tokens=5, temperature=1.0, seed=3, n=2).answers
     ]
     for prompts in (PROMPTS, tokens):
         done = client.completions.create(
@@ -63,6 +64,7 @@ def test_several_prompts_in_one_request_are_answered_in_their_order(
             prompt=prompts,
             max_tokens=5,
             temperature=1.0,
+            seed=3,
             n=2,  # type: ignore[arg-type]
         )
         assert [choice.text for choice in done.choices] == expected
@@ -200,3 +202,57 @@ def test_a_request_that_states_no_length_gets_what_there_is_room_for(client: ope
     done = client.completions.create(model="crew", prompt=[5] * 90, extra_body={"ignore_eos": True})
     assert done.usage is not None
     assert done.usage.completion_tokens == 6
+
+
+def test_a_streamed_echo_of_no_new_tokens_is_the_prompt_alone(running: Any, client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model="crew",
+        prompt=PROMPTS[0],
+        max_tokens=0,
+        echo=True,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *events, last = stream
+    text = "".join(event.choices[0].text for event in events)
+    assert (
+        text
+        == client.completions.create(model="crew", prompt=PROMPTS[0], max_tokens=0, echo=True).choices[0].text
+    )
+    assert text == PROMPTS[0]
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 0
+
+
+def test_a_prompt_beyond_the_context_says_so_by_its_code(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="crew", prompt=[5] * 3000, max_tokens=4)
+    assert refused.value.code == "context_length_exceeded"
+
+
+def test_the_end_of_an_answer_by_a_special_token_streams_as_it_comes_at_once(
+    running: Any, client: openai.OpenAI
+) -> None:
+    asked: dict[str, Any] = {
+        "model": "crew",
+        "prompt": PROMPTS[0],
+        "max_tokens": 40,
+        "temperature": 1.0,
+        "seed": 5,
+    }
+    asked |= {"stop": ["</s>"], "extra_body": {"ignore_eos": True}}
+    whole = client.completions.create(**asked).choices[0].text
+    pieces = [event.choices[0].text for event in client.completions.create(stream=True, **asked)]
+    assert "".join(pieces) == whole
+
+
+def test_pages_of_named_origins_may_ask_and_others_may_not(serve: Callable[..., Any]) -> None:
+    asking = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    with serve(token="secret", allow_origins=("https://example.org",)) as running, running.http() as http:
+        allowed = http.options("/v1/completions", headers=asking)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "https://example.org"
+        strange = http.options("/v1/completions", headers=asking | {"Origin": "https://else.org"})
+        assert "access-control-allow-origin" not in strange.headers
+        refused = http.get("/v1/models", headers={"Origin": "https://example.org"})
+        assert refused.status_code == 401, "the token is wanted all the same"

@@ -134,7 +134,7 @@ def test_a_malformed_request_gets_400_and_a_reason(running: Any, body: bytes, na
         ({"messages": []}, ""),
         ({"messages": "hi"}, "messages"),
         ({"messages": [7]}, "messages"),
-        ({"prompt": "a"}, "/v1/chat/completions takes messages"),
+        ({"prompt": "a"}, "/v1/chat/completions takes 'messages'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not text"),
         ({"messages": [{"role": "user", "content": "hi"}], "tools": [{}]}, "tools"),
     ],

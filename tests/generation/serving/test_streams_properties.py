@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from capstan.generation.detokenizer import texts_of
 from capstan.generation.requests import Request
-from capstan.generation.sequences import Sequence
+from capstan.generation.runtime.sequences import Sequence
 from capstan.generation.serving.streams import TextSoFar
 
 # Bytes that are letters of one to four bytes, whole or cut in the middle.
@@ -35,7 +36,7 @@ def _pieces(
         stop_tokens=frozenset(),
         tokenizer=tokenizer,
     )
-    so_far = TextSoFar(lambda some: tokenizer.decode(some, skip_special_tokens=True), stop)
+    so_far = TextSoFar(texts_of(tokenizer), growing.prompt, stop)
     pieces = []
     for number, token in enumerate(tokens):
         growing.append(token)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
 from capstan.errors import CapstanError
-from capstan.generation.batch_answers import answer_body
+from capstan.generation.batch.answers import answer_body
 from capstan.generation.prompts import chat_tokens
 from capstan.generation.requests import Completion
 from capstan.generation.serving.bodies import (
@@ -54,6 +55,7 @@ def build_app(
     token: str | None = None,
     hosts: frozenset[str] | None = None,
     folder: Path | None = None,
+    allow_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The server over a crew, which it starts and closes.
 
@@ -61,13 +63,14 @@ def build_app(
         token: what clients must show; None lets everybody in.
         hosts: names by which clients must call the server; None allows any.
         folder: where files and batches lie; None for a server without them.
+        allow_origins: web pages, as `https://example.org`, whose scripts may ask too; "*" for all.
     """
     from capstan.generation.serving.batches import BatchRunner
     from capstan.generation.serving.file_routes import add_file_routes
     from capstan.generation.serving.files import FileStore
 
     store = FileStore(folder, limit=served.limits.file_bytes) if folder is not None else None
-    runner = BatchRunner(store, served.crew, served.limits) if store is not None else None
+    runner = BatchRunner(store, served.crew, served.limits, name=served.name) if store is not None else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -83,6 +86,10 @@ def build_app(
 
     app = FastAPI(title=f"capstan serve {served.name}", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, token=token, hosts=hosts, limits=served.limits)
+    if allow_origins:  # outside the guard: a browser asks first, without the token
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(allow_origins), allow_methods=["*"], allow_headers=["*"]
+        )
     _add_error_handlers(app)
     _add_generation_routes(app, served)
     _add_other_routes(app, served)
@@ -159,7 +166,7 @@ async def _generate(http: HttpRequest, served: Served, *, is_chat: bool) -> Resp
             "created": int(time.time()),
             "model": served.name,
         }
-        return EventReply(http, events_of(ask, asked, served.model, frame), on_end=lambda: crew.drop(ask))
+        return EventReply(http, events_of(ask, asked, frame), on_end=lambda: crew.drop(ask))
     with crew.asking(requests) as ask:
         leaving = asyncio.create_task(until_gone(http))
         try:

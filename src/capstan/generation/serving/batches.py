@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from capstan.errors import CapstanError, InputError
-from capstan.generation.batch_answers import answer_line, error_line
-from capstan.generation.batch_job import BatchFile, open_journal, read_batch
-from capstan.generation.batch_lines import BadLine, BatchRequest
-from capstan.generation.journal import Journal
+from capstan.generation.batch.answers import answer_line, error_line
+from capstan.generation.batch.job import BatchFile, open_journal, read_batch
+from capstan.generation.batch.journal import Journal
+from capstan.generation.batch.lines import BadLine, BatchRequest
 from capstan.generation.serving.bodies import CHAT, require_room
 from capstan.generation.serving.crew import Ask, Crew, CrewGone
 from capstan.generation.serving.files import (
@@ -46,8 +46,8 @@ _PRIVATE = ("reserved_output_id", "reserved_error_id")
 class BatchRunner:
     """Runs the batches of a server, one after the other."""
 
-    def __init__(self, store: FileStore, crew: Crew, limits: Limits) -> None:
-        self._store, self._crew, self._limits = store, crew, limits
+    def __init__(self, store: FileStore, crew: Crew, limits: Limits, *, name: str) -> None:
+        self._store, self._crew, self._limits, self._name = store, crew, limits, name
         self._folder = store.folder / "batches"
         self._folder.mkdir(exist_ok=True)
         self._known = {each["id"]: each for each in newest_first(self._folder.glob("batch-*.json"))}
@@ -156,7 +156,8 @@ class BatchRunner:
                 await asyncio.Event().wait()
         except (CapstanError, Refused, OSError) as error:
             logger.warning("%s failed: %s", batch["id"], error)
-            fault = {"code": "batch_failed", "message": str(error), "param": None, "line": None}
+            message = str(error.strerror) if isinstance(error, OSError) else str(error)
+            fault = {"code": "batch_failed", "message": message, "param": None, "line": None}
             errors = {"object": "list", "data": [fault]}
             self._note(batch, status="failed", failed_at=int(time.time()), errors=errors)
         finally:
@@ -164,7 +165,8 @@ class BatchRunner:
 
     def _read(self, batch: Json) -> BatchFile:
         path = self._store.data(batch["input_file_id"])
-        return read_batch(path, self._crew.engine.model, max_tokens=self._limits.max_tokens)
+        model, called = self._crew.engine.model, f"The file {batch['input_file_id']}"
+        return read_batch(path, model, max_tokens=self._limits.max_tokens, called=called)
 
     def _journal(self, batch: Json) -> Path:
         return self._folder / f"{batch['id']}.jsonl"
@@ -172,7 +174,14 @@ class BatchRunner:
     def _open(self, batch: Json, parsed: BatchFile) -> Journal:
         if not parsed.lines:
             raise InputError("The input file has no request.")
-        journal = open_journal(parsed, self._journal(batch), self._crew.engine.model, overwrite=False)
+        try:
+            journal = open_journal(parsed, self._journal(batch), self._crew.engine.model, overwrite=False)
+        except InputError as error:  # names files of the server, which are nobody's business
+            logger.warning("%s cannot go on: %s", batch["id"], error)
+            raise InputError(
+                "What was answered of this batch cannot be gone on with: it is damaged, or the server's "
+                "model or settings are others than when it began. Ask for a new batch."
+            ) from error
         assert isinstance(journal, Journal), "a model that is divided over ranks cannot serve"
         return journal
 
@@ -230,6 +239,9 @@ class BatchRunner:
         """A line that this server cannot answer becomes a bad one."""
         if isinstance(line, BadLine):
             return line
+        if line.model not in (None, self._name):
+            there = f"there is no model {line.model!r} here; this server has {self._name!r}"
+            return BadLine(line.custom_id, f"{line.custom_id}: {there}")
         if line.is_chat != (endpoint == CHAT):
             return BadLine(line.custom_id, f"{line.custom_id}: it is no request for {endpoint}")
         try:

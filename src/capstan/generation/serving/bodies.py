@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, StrictBool, StrictInt, StrictStr, Va
 from starlette.requests import Request as HttpRequest
 
 from capstan.errors import CapstanError
-from capstan.generation.batch_lines import BatchRequest, Body, batch_request, first_fault
+from capstan.generation.batch.lines import BatchRequest, Body, batch_request, first_fault
 from capstan.generation.model import Model
+from capstan.generation.prompts import ContextExceeded
 from capstan.generation.serving.limits import Limits
 from capstan.generation.serving.replies import Refused
 
@@ -146,6 +147,8 @@ def asked_of(
         raise Refused(400, first_fault(error), param=str(where[0]) if where else None) from None
     except RecursionError:
         raise Refused(400, "The body is nested too deeply to be a request.") from None
+    except ContextExceeded as error:
+        raise Refused(400, str(error), code="context_length_exceeded") from None
     except (CapstanError, ValueError, TypeError) as error:
         raise Refused(400, str(error)) from None
     _require_answers(sum(asked.request.n for asked in requests), room)

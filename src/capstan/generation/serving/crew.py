@@ -14,12 +14,12 @@ from math import ceil
 from threading import Thread
 from typing import Any
 
-from capstan.generation.arrivals import Arrivals
 from capstan.generation.engine import Engine
-from capstan.generation.measured import Progress
 from capstan.generation.requests import Completion, Request
-from capstan.generation.sequences import Sequence as Growing
-from capstan.generation.sequences import completion_of
+from capstan.generation.runtime.arrivals import Arrivals
+from capstan.generation.runtime.measured import Progress
+from capstan.generation.runtime.sequences import Sequence as Growing
+from capstan.generation.runtime.sequences import completion_of
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -82,6 +82,7 @@ def run_server(
     limits: Limits,
     token: str | None = None,
     folder: Path | None = None,
+    allow_origins: Sequence[str] = (),
     on_ready: Callable[[Callable[[], None]], None] | None = None,
 ) -> Counts:
     """Serve until SIGINT or SIGTERM; returns what was done. `on_ready` is called when the server answers,
@@ -96,7 +97,13 @@ def run_server(
     crew = Crew(engine, queue=limits.queue)
     address = str(listening.getsockname()[0])
     hosts = frozenset({address, "localhost"}) if token is None and is_loopback(address) else None
-    app = build_app(Served(crew, name=name, limits=limits), token=token, hosts=hosts, folder=folder)
+    app = build_app(
+        Served(crew, name=name, limits=limits),
+        token=token,
+        hosts=hosts,
+        folder=folder,
+        allow_origins=allow_origins,
+    )
     server = _Server(
         uvicorn.Config(
             app,
