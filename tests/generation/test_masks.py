@@ -39,6 +39,10 @@ WINDOWED = {
     },
 }
 REFUSED = {
+    "moshi": (
+        {"sliding_window": 8, "head_dim": 16, "ffn_dim": 128},
+        "Layer 0 of MoshiForCausalLM shows its tokens all positions, but generates from a cache of the",
+    ),
     "doge": ({"sliding_window": 6}, "Layer 0 of DogeForCausalLM makes a mask of its own"),
     "gemma3_text": (
         {"head_dim": 16, "use_bidirectional_attention": True},

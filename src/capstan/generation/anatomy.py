@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from capstan.errors import CapstanError, UnsupportedModel
-from capstan.generation.attention.masks import MaskReader, geometry_by_mask
+from capstan.generation.attention.masks import MaskReader, geometry_by_mask, require_windows_of_cache
 from capstan.generation.attention.packed import AttentionGeometry, geometry_of
 from capstan.generation.skeleton import FrontOutput, LayerCall, Skeleton
 from capstan.generation.token_watch import TokenWatch
@@ -74,7 +74,10 @@ class Anatomy:
         skeleton, reader = self._skeleton, MaskReader()
         with skeleton.masks_read_by(reader.make):
             front = self._watched_front()
-        return tuple(self._layer(index, front.calls[index], reader) for index in range(skeleton.num_layers))
+        layers = tuple(self._layer(index, front.calls[index], reader) for index in range(skeleton.num_layers))
+        name = type(skeleton.model).__name__
+        require_windows_of_cache(skeleton.model.config, [layer.geometry for layer in layers], name)
+        return layers
 
     def _watched_front(self) -> FrontOutput:
         """The front's output for two tokens at the first positions."""

@@ -6,7 +6,7 @@ the layer that uses it is known. A rule is a function of two positions, so it is
 every window without making a mask as large as that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +59,27 @@ def geometry_by_mask(
         f"{name} hides other positions from its tokens than causal attention over a window does, as "
         "attention in chunks or in both directions; this engine would answer otherwise than the model."
     )
+
+
+def require_windows_of_cache(config: Any, geometries: Sequence[AttentionGeometry], name: str) -> None:
+    """Refuse models whose masks show what their cache in transformers forgets while it generates.
+
+    Raises:
+        UnsupportedModel: a layer's cache keeps a window that its mask does not have.
+    """
+    from transformers import DynamicCache
+
+    kept = [
+        getattr(layer, "sliding_window", None)
+        for layer in DynamicCache(config=config.get_text_config(decoder=True)).layers
+    ]
+    for index, (geometry, window) in enumerate(zip(geometries, kept, strict=False)):
+        if window is not None and (geometry.sliding_window is None or geometry.sliding_window > window):
+            raise UnsupportedModel(
+                f"Layer {index} of {name} shows its tokens all positions, but generates from a cache of the "
+                f"last {window}: what is right depends on how it is asked. Remove sliding_window from its "
+                "config.json to generate from all positions."
+            )
 
 
 def _window_of(rule: Rule, longest: int) -> int | None:
