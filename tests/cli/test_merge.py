@@ -17,6 +17,7 @@ def batch(tmp_path: Path) -> Path:
     """Requests that become longer, with bad lines, an empty one and an id that is used twice."""
     path = tmp_path / "in.jsonl"
     lines = [json.dumps({"prompt": [1 + at, 2, 3] * (1 + at), "max_tokens": 2 + at % 3}) for at in range(7)]
+    lines[1] = json.dumps({"custom_id": "line-2", **json.loads(lines[1])})
     twice = '{"custom_id": "line-2", "prompt": [4]}'
     path.write_text("\ufeff" + "\n".join([*lines[:3], "", "what?", *lines[3:], twice, "{}"]) + "\n")
     return path

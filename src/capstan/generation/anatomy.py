@@ -76,7 +76,8 @@ class Anatomy:
             front = self._watched_front()
         layers = tuple(self._layer(index, front.calls[index], reader) for index in range(skeleton.num_layers))
         name = type(skeleton.model).__name__
-        require_windows_of_cache(skeleton.model.config, [layer.geometry for layer in layers], name)
+        geometries = {skeleton.first_layer + index: layer.geometry for index, layer in enumerate(layers)}
+        require_windows_of_cache(skeleton.model.config, geometries, name)
         return layers
 
     def _watched_front(self) -> FrontOutput:

@@ -164,6 +164,11 @@ class Skeleton:
         part._attend = None
         return part
 
+    @property
+    def first_layer(self) -> int:
+        """The number in the whole model of this part's first layer."""
+        return int(self._run.start or 0)
+
     def layer_tensors(self, index: int) -> list[TensorSpec]:
         """What layer `index` needs, by full name."""
         prefix = self._layer_prefixes[index]

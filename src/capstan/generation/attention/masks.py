@@ -6,7 +6,7 @@ the layer that uses it is known. A rule is a function of two positions, so it is
 every window without making a mask as large as that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -61,8 +61,10 @@ def geometry_by_mask(
     )
 
 
-def require_windows_of_cache(config: Any, geometries: Sequence[AttentionGeometry], name: str) -> None:
+def require_windows_of_cache(config: Any, geometries: Mapping[int, AttentionGeometry], name: str) -> None:
     """Refuse models whose masks show what their cache in transformers forgets while it generates.
+
+    `geometries` are those of some layers, by their numbers in the model.
 
     Raises:
         UnsupportedModel: a layer's cache keeps a window that its mask does not have.
@@ -73,7 +75,8 @@ def require_windows_of_cache(config: Any, geometries: Sequence[AttentionGeometry
         getattr(layer, "sliding_window", None)
         for layer in DynamicCache(config=config.get_text_config(decoder=True)).layers
     ]
-    for index, (geometry, window) in enumerate(zip(geometries, kept, strict=False)):
+    for index, geometry in geometries.items():
+        window = kept[index] if index < len(kept) else None
         if window is not None and (geometry.sliding_window is None or geometry.sliding_window > window):
             raise UnsupportedModel(
                 f"Layer {index} of {name} shows its tokens all positions, but generates from a cache of the "
