@@ -1,6 +1,6 @@
 """Run every test that needs a CUDA device, and record how it went: CI has none.
 
-python benchmarks/generation/gpu_tests.py --workers 10 --record generation-parity-h200
+python benchmarks/generation/gpu_tests.py --workers 10 --record generation-gpu-tests
 
 Only files that have such tests are collected, so that the machine needs what they import and no more.
 """
