@@ -1,0 +1,71 @@
+"""In how many bits activations and gradients cross between stages."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from capstan.codecs import Codec, codec_from_name
+from capstan.errors import UsageError
+
+GROUP_SIZE = 64
+BITS = range(1, 9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """What crosses the boundary between two stages, each way; None is full precision.
+
+    Args:
+        forward: for activations: of their changes since the sample's last visit, or of themselves.
+        backward: for gradients, which are sent as they are.
+        changes: send changes of activations. Off is direct quantisation, which needs no memory.
+
+    Source: AC-SGD, arXiv 2206.01299.
+    Differs: the grid is symmetric and a group of 64 values has a scale of its own, in float32, because
+    changes shrink as training settles until float16 could not hold their scale.
+    """
+
+    forward: Codec | None = None
+    backward: Codec | None = None
+    changes: bool = True
+
+    @classmethod
+    def of_bits(
+        cls,
+        *,
+        forward_bits: int | None,
+        backward_bits: int | None,
+        group_size: int = GROUP_SIZE,
+        stochastic: bool = False,
+        changes: bool = True,
+    ) -> Self:
+        """Symmetric groups of so many bits each way, rounded to nearest or without bias.
+
+        Raises:
+            UsageError: there is no codec of so many bits.
+        """
+        return cls(
+            forward=_codec("forward", forward_bits, group_size, stochastic),
+            backward=_codec("backward", backward_bits, group_size, stochastic),
+            changes=changes,
+        )
+
+    @property
+    def sends_changes(self) -> bool:
+        """Whether both ends of a boundary remember what they hold."""
+        return self.changes and self.forward is not None
+
+
+def _codec(way: str, num_bits: int | None, group_size: int, stochastic: bool) -> Codec | None:
+    if num_bits is None:
+        return None
+    if num_bits not in BITS:
+        raise UsageError(
+            f"There is no codec of {num_bits} bits for {way} messages. Choose 1 to 8 bits, or leave them out "
+            "to send in full precision."
+        )
+    if num_bits == 1:
+        raise UsageError(
+            f"The symmetric grid of 1 bit, asked for {way} messages, has no level but 0. Choose 2 to 8 bits."
+        )
+    rounding = "stochastic" if stochastic else "nearest"
+    return codec_from_name(f"group{num_bits}:{group_size}:symmetric:{rounding}:float32")
