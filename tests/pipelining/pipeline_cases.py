@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import world
 from torch import nn
 
+import world
 from capstan.errors import CapstanError
 from capstan.pipelining import Compression, Pipeline
 from capstan.pipelining.decoder import decoder, token_loss
@@ -103,9 +103,10 @@ def compressed(rank: int, size: int, arguments: dict[str, Any]) -> dict[str, Any
 def losing(rank: int, size: int, arguments: dict[str, Any]) -> dict[str, Any]:
     """The last rank is lost in the third step."""
     texts, ids = data(), torch.arange(SAMPLES)
-    pipeline = Pipeline(
-        model(), token_loss, compression=Compression.of_bits(forward_bits=3, backward_bits=6), patience_s=3
-    )
+    # Of a rank that is gone its neighbours know after 3 s; the others must not run out of patience before.
+    patience_s = 6 if arguments["fate"] == "killed" else 3
+    bits = Compression.of_bits(forward_bits=3, backward_bits=6)
+    pipeline = Pipeline(model(), token_loss, compression=bits, patience_s=patience_s)
     step = 0
     try:
         for step in range(5):

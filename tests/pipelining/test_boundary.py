@@ -1,5 +1,7 @@
 """The two ends of a boundary, in one process."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -70,7 +72,7 @@ def test_what_settles_is_held_ever_better_and_what_is_equal_sends_nothing_new():
         sender.encode(sender.plan([7]), values)
         errors.append(float((sender.held(7) - values[0]).abs().max()))
     # 3 bits: a step of a third of the largest, so an error of a sixth of it; in float32.
-    assert all(after <= before / 6 + 1e-6 for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before / 6 + 1e-6 for before, after in pairwise(errors))
 
 
 def test_direct_quantisation_of_the_same_values_never_gets_better():

@@ -155,7 +155,7 @@ class BoundaryEnd:
         found = 0
         for sample_id in sorted(self._seen):
             found = zlib.crc32(str(sample_id).encode(), found)
-            found = zlib.crc32(self.held(sample_id).cpu().flatten().view(torch.uint8).numpy(), found)
+            found = zlib.crc32(self.held(sample_id).cpu().numpy().tobytes(), found)
         return found
 
     def forget(self) -> None:

@@ -27,10 +27,12 @@ def cut(model: nn.Sequential, num_stages: int) -> list[nn.Sequential]:
         )
     if not 1 <= num_stages <= len(model):
         raise UsageError(
-            f"A model of {len(model)} layers cannot be cut into {num_stages} stages. Choose 1 to {len(model)}."
+            f"A model of {len(model)} layers cannot be cut into {num_stages} stages. Choose 1 to "
+            f"{len(model)}."
         )
     ends = _ends([_cost(layer) for layer in model], num_stages)
-    stages = [model[start:end] for start, end in pairwise([0, *ends])]
+    layers = [model[index] for index in range(len(model))]  # a layer may be there twice
+    stages = [nn.Sequential(*layers[start:end]) for start, end in pairwise([0, *ends])]
     _refuse_shared(stages)
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm):
@@ -110,7 +112,7 @@ class Skeleton:
             kind = str(values.dtype) if isinstance(values, Tensor) else type(values).__name__
             raise UnsupportedModel(
                 f"Between stages {index} and {index + 1} one floating-point tensor must pass, found {kind}. "
-                "Cut elsewhere: use another number of stages, or join layers in an nn.Sequential of their own."
+                "Cut elsewhere: use another number of stages, or join layers in a module of their own."
             )
         if values.dim() < 2 or len(values) != num_samples:
             raise UnsupportedModel(

@@ -34,7 +34,8 @@ class Layer(nn.Module):
         samples, tokens, dim = hidden.shape
         mixed = self.queries_keys_values(self.attention_norm(hidden))
         heads = mixed.view(samples, tokens, 3, self._num_heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(*heads.unbind(), is_causal=True)
+        queries, keys, values = heads.unbind()
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         hidden = hidden + self.out(attended.transpose(1, 2).reshape(samples, tokens, dim))
         added: Tensor = hidden + self.down(F.gelu(self.up(self.norm(hidden))))
         return added

@@ -2,10 +2,10 @@
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from capstan.errors import InputError, UsageError, unknown_name
 from capstan.pipelining.boundary import BoundaryEnd
 from capstan.pipelining.compression import Compression
 from capstan.pipelining.cutting import Skeleton, cut
+from capstan.pipelining.traffic import micro_batches
 from capstan.transport import Group, Ledger
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Pipeline:
             TimeoutExpired: a rank did not answer within the patience.
         """
         ids = self._checked_ids(inputs, targets, sample_ids)
-        parts = _num_parts(len(inputs), self._num_micro_batches)
+        parts = micro_batches(len(inputs), self._num_micro_batches)
         stage, schedule = self._schedule_for(inputs, parts, trains=True)
         self.module.train()
         size = len(ids) // parts
@@ -125,7 +126,7 @@ class Pipeline:
     def evaluate(self, inputs: Tensor, targets: Tensor) -> float | None:
         """The mean loss of a batch in full precision, on the last rank; nothing is remembered."""
         self._checked_ids(inputs, targets, range(len(inputs)))
-        parts = _num_parts(len(inputs), self._num_micro_batches)
+        parts = micro_batches(len(inputs), self._num_micro_batches)
         stage, schedule = self._schedule_for(inputs, parts, trains=False)
         self.module.eval()
         with torch.no_grad():
@@ -248,11 +249,6 @@ class Pipeline:
         for name, end in {"before": self.before, "after": self.after}.items():
             if end is not None:
                 end.load_state_dict(state[name])
-
-
-def _num_parts(num_samples: int, wanted: int) -> int:
-    """The most equal parts, but no more than wanted."""
-    return max(parts for parts in range(1, wanted + 1) if num_samples % parts == 0)
 
 
 def _warn_of_dropout(model: nn.Module, compression: Compression) -> None:

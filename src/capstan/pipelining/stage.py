@@ -107,6 +107,7 @@ class CompressedStage(PipelineStage):
             message = self._messages.pop(("activations", fwd_chunk_id), None)
             if message is not None and self._before is not None:
                 buffer = self.args_recv_info[fwd_chunk_id][0].buffer
+                assert buffer is not None
                 self._before.decode(self._visits_before[fwd_chunk_id], message, buffer)
             return super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
 
@@ -162,10 +163,10 @@ class CompressedStage(PipelineStage):
     def computing(self) -> Iterator[None]:
         """While this lasts, an error is the model's and not the network's."""
         self._waiting.close()
-        self.is_computing = True
+        self.is_computing, start_s = True, time.monotonic()
         yield
-        self.is_computing = False
-        self.waiting_since_s = time.monotonic()
+        self.is_computing, self.waiting_since_s = False, time.monotonic()
+        self._ledger.spend("compute", self.waiting_since_s - start_s)
 
     def stop_waiting(self) -> None:
         """The step is over, or has failed."""
