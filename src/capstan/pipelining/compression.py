@@ -7,7 +7,7 @@ from capstan.codecs import Codec, codec_from_name
 from capstan.errors import UsageError
 
 GROUP_SIZE = 64
-BITS = range(1, 9)
+BITS = range(2, 9)  # of 1 bit a symmetric grid would have no level but 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,8 @@ def _codec(way: str, num_bits: int | None, group_size: int, stochastic: bool) ->
         return None
     if num_bits not in BITS:
         raise UsageError(
-            f"There is no codec of {num_bits} bits for {way} messages. Choose 1 to 8 bits, or leave them out "
-            "to send in full precision."
-        )
-    if num_bits == 1:
-        raise UsageError(
-            f"The symmetric grid of 1 bit, asked for {way} messages, has no level but 0. Choose 2 to 8 bits."
+            f"There is no symmetric codec of {num_bits} bits for {way} messages. Choose 2 to 8 bits, or full "
+            "precision."
         )
     rounding = "stochastic" if stochastic else "nearest"
     return codec_from_name(f"group{num_bits}:{group_size}:symmetric:{rounding}:float32")

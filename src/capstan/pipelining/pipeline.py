@@ -155,7 +155,7 @@ class Pipeline:
         target = targets.to(self._device) if self.group.is_last else None
         with self._losses_named(stage):
             run(*own, target=target, losses=losses, return_outputs=False)
-        return None if losses is None else float(torch.stack(losses).mean())
+        return None if losses is None else float(torch.stack(losses).detach().mean())
 
     @contextmanager
     def _losses_named(self, stage: "CompressedStage") -> Iterator[None]:

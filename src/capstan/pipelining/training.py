@@ -64,7 +64,7 @@ def train(settings: Settings, folder: Path | None = None) -> dict[str, Any]:
                 f"{told['wire_bytes'][-1]:,} bytes",
                 file=sys.stderr,
             )
-    return told | {"trace": _trace(settings, phases, len(samples)).to_dict()}
+    return told | {"trace": _trace(settings, phases, len(samples), start).to_dict()}
 
 
 def _epoch(
@@ -98,7 +98,7 @@ def _held_out_loss(pipeline: Pipeline, held_out: Tensor, batch: int) -> float:
     return float(pipeline.group.gather(total)[-1]) / len(held_out)
 
 
-def _trace(settings: Settings, phases: list[Phase], num_samples: int) -> Trace:
+def _trace(settings: Settings, phases: list[Phase], num_samples: int, num_kept: int) -> Trace:
     joined = []
     for name in (FIRST, LATER):
         same = [each for each in phases if each.name == name]
@@ -117,8 +117,15 @@ def _trace(settings: Settings, phases: list[Phase], num_samples: int) -> Trace:
         title=f"{settings.stages} stages, {num_samples} samples, {settings.epochs} epochs",
         machine=platform.node(),
         phases=tuple(joined),
-        notes=() if phases else ("Nothing was left to do: the checkpoint has all epochs.",),
+        notes=_notes(len(phases), num_kept),
     )
+
+
+def _notes(num_trained: int, num_kept: int) -> tuple[str, ...]:
+    notes = ["Bytes are counted; the links' seconds are not measured, since all stages ran on one machine."]
+    if num_kept:
+        notes.append(f"{num_kept} epochs were in the checkpoint; only {num_trained} were trained and timed.")
+    return tuple(notes)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------
