@@ -2,9 +2,9 @@
 
     python benchmarks/pipelining/convergence.py
 
-The complete set-up of a small reproduction of AC-SGD: a decoder of 4 layers and 64 dimensions on 128 sequences
-of a noisy second-order Markov chain, 41 epochs. Expected before the run: changes of 3 bits with gradients of
-6 within 0.02 of full precision, direct quantisation at the same bits clearly worse.
+The complete set-up of a small reproduction of AC-SGD: a decoder of 4 layers and 64 dimensions on 128
+sequences of a noisy second-order Markov chain, 41 epochs. Expected before the run: changes
+of 3 bits with gradients of 6 within 0.02 of full precision, direct quantisation at the same bits clearly worse.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def report(found: dict[str, list[dict[str, list[float]]]], setting: dict[str, An
     }
     write_record(
         "pipelining-convergence",
-        claim="A pipeline that sends changes of activations in a few bits trains as well as in full precision.",
+        claim="A pipeline that sends changes of activations in few bits trains as well as in full precision.",
         machine=this_machine(),
         figures=found,
         bound={

@@ -1,5 +1,7 @@
 """What each rank does in the tests of pipelines."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +11,11 @@ import world
 from capstan.errors import CapstanError
 from capstan.pipelining import Compression, Pipeline
 from capstan.pipelining.decoder import decoder, token_loss
+from capstan.pipelining.settings import Settings
+from capstan.pipelining.training import train
 
 VOCABULARY, SEQUENCE, SAMPLES = 16, 8, 16
+_FEW = {"forward_bits": 2, "backward_bits": 4}
 
 
 def data(samples: int = SAMPLES) -> torch.Tensor:
@@ -146,4 +151,47 @@ def wrong(rank: int, size: int, arguments: Any) -> list[str]:
             found.append("")
         except CapstanError as error:
             found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def trained(rank: int, size: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The verb's run on this rank."""
+    folder = Path(arguments["folder"]) if arguments["folder"] else None
+    found = train(Settings(**arguments["settings"]), folder)
+    return found | {"trace": json.dumps(found["trace"])}
+
+
+def converging(rank: int, size: int, arguments: dict[str, Any]) -> dict[str, float]:
+    """Last losses on a noisy second-order Markov chain in full precision, as changes and directly."""
+    vocabulary, dim, samples = (64, 64, 128) if arguments.get("large") else (8, 32, 32)
+    sequence, epochs = (32 if arguments.get("large") else 16), arguments["epochs"]
+    generator = torch.Generator().manual_seed(1234)
+    table = torch.randint(vocabulary, (vocabulary, vocabulary), generator=generator)
+    rows = torch.randint(vocabulary, (samples, sequence + 1), generator=generator)
+    follows = torch.rand(samples, sequence + 1, generator=generator) < 0.9
+    for at in range(2, sequence + 1):
+        rows[:, at] = torch.where(follows[:, at], table[rows[:, at - 1], rows[:, at - 2]], rows[:, at])
+    bits = {"forward_bits": 3, "backward_bits": 6} if arguments.get("large") else _FEW
+    found = {}
+    for name, compression in {
+        "full": Compression(),
+        "changes": Compression.of_bits(**bits),
+        "direct": Compression.of_bits(**bits, changes=False),
+    }.items():
+        layers = 4 if arguments.get("large") else 2
+        whole = decoder(vocabulary=vocabulary, sequence=sequence, dim=dim, num_layers=layers)
+        pipeline = Pipeline(whole, token_loss, compression=compression, patience_s=60)
+        optimizer = torch.optim.AdamW(pipeline.parameters(), lr=2e-3 if arguments.get("large") else 1e-2)
+        shuffled = torch.Generator().manual_seed(1)
+        losses: list[float] = []
+        for _ in range(epochs):
+            total = 0.0
+            for ids in torch.randperm(samples, generator=shuffled).split(16):
+                optimizer.zero_grad()
+                total += (pipeline.step(rows[ids, :-1], rows[ids, 1:], sample_ids=ids) or 0.0) * len(ids)
+                pipeline.clip_gradients(1.0)
+                optimizer.step()
+            losses.append(total / samples)
+        found[name] = losses[-1]
+        found.setdefault("at first", losses[0])
     return found
