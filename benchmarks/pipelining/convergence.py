@@ -28,8 +28,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "direct 3/6": {"forward_bits": 3, "backward_bits": 6, "changes": False},
     "changes 2/4": {"forward_bits": 2, "backward_bits": 4},
     "direct 2/4": {"forward_bits": 2, "backward_bits": 4, "changes": False},
+    "changes 2/4, symmetric": {"forward_bits": 2, "backward_bits": 4, "symmetric": True},
+    "changes 2/4, stochastic": {"forward_bits": 2, "backward_bits": 4, "stochastic": True},
 }
-COLOURS = ("#222222", "#0b6fb8", "#e07b00", "#3a9d5d", "#c23b3b")
+COLOURS = ("#222222", "#0b6fb8", "#e07b00", "#3a9d5d", "#c23b3b", "#7a52b3", "#888800")
 
 
 def main() -> None:
@@ -105,7 +107,7 @@ def picture(curves: dict[str, list[float]]) -> str:
 
     def at(epoch: float, loss: float) -> str:
         across, down = epoch / max(1, epochs - 1), 1 - loss / highest
-        return f"{left + across * (width - left - 150):.1f},{top + down * (height - top - 34):.1f}"
+        return f"{left + across * (width - left - 156):.1f},{top + down * (height - top - 34):.1f}"
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
@@ -121,7 +123,7 @@ def picture(curves: dict[str, list[float]]) -> str:
         colour, y = COLOURS[index % len(COLOURS)], top + 14 + 18 * index
         points = " ".join(at(epoch, loss) for epoch, loss in enumerate(curve))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        parts.append(f'<text x="{width - 140}" y="{y}" fill="{colour}">{name}</text>')
+        parts.append(f'<text x="{width - 146}" y="{y}" fill="{colour}">{name}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -9,7 +9,7 @@ TOKENS, DIM, STEPS, BATCH, PARTS = 8, 16, 9, 6, 3  # 6 samples go in 3 micro-bat
 
 
 def _group_bytes(bits: int, tokens: int) -> int:
-    """Groups of 8 values along 16: two a token, each with its codes and a float32 scale."""
+    """Groups of 8 values along 16: two a token, each with its codes and two bfloat16."""
     return tokens * DIM // 8 * (8 * bits // 8 + 4)
 
 

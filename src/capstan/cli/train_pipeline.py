@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 DataOption = Annotated[Path, typer.Option("--data", help="A text file; its bytes are the tokens.")]
 StagesOption = Annotated[int, typer.Option(help="Stages, each a process on this machine.")]
-ForwardOption = Annotated[int, typer.Option(help="Bits of activations, 2 to 8; 0 for full precision.")]
-BackwardOption = Annotated[int, typer.Option(help="Bits of gradients, 2 to 8; 0 for full precision.")]
+ForwardOption = Annotated[int, typer.Option(help="Bits of activations, 1 to 8; 0 for full precision.")]
+BackwardOption = Annotated[int, typer.Option(help="Bits of gradients, 1 to 8; 0 for full precision.")]
 GroupOption = Annotated[int, typer.Option(min=1, help="Values that share one scale.")]
 DirectOption = Annotated[bool, typer.Option("--direct", help="Send activations, not their changes.")]
+SymmetricOption = Annotated[
+    bool, typer.Option("--symmetric", help="Grids with as many levels below 0 as above.")
+]
 StochasticOption = Annotated[bool, typer.Option("--stochastic", help="Round without bias.")]
 ScheduleOption = Annotated[str, typer.Option(help="1f1b or gpipe.")]
 PartsOption = Annotated[int, typer.Option("--micro-batches", help="Parts of a batch.")]
@@ -51,7 +54,10 @@ def pipeline(
     backward_bits: BackwardOption = 6,
     group_size: GroupOption = 64,
     direct: DirectOption = False,
-    stochastic: StochasticOption = False,
+    stochastic: SymmetricOption = Annotated[
+    bool, typer.Option("--symmetric", help="Grids with as many levels below 0 as above.")
+]
+StochasticOption = False,
     schedule: ScheduleOption = "1f1b",
     micro_batches: PartsOption = 4,
     batch: BatchOption = 16,
@@ -92,6 +98,7 @@ def pipeline(
         backward_bits=backward_bits or None,
         group_size=group_size,
         direct=direct,
+        symmetric=symmetric,
         stochastic=stochastic,
         schedule=schedule,
         micro_batches=micro_batches,

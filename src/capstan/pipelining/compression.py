@@ -7,7 +7,6 @@ from capstan.codecs import Codec, codec_from_name
 from capstan.errors import UsageError
 
 GROUP_SIZE = 64
-BITS = range(2, 9)  # of 1 bit a symmetric grid would have no level but 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +19,9 @@ class Compression:
         changes: send changes of activations. Off is direct quantisation, which needs no memory.
 
     Source: AC-SGD, arXiv 2206.01299.
-    Differs: the grid is symmetric and a group of 64 values has a scale of its own, in float32, because
-    changes shrink as training settles until float16 could not hold their scale.
+    Differs: each group of 64 values has a grid of its own from its lowest to its highest value, so nothing
+    is clipped and no level is lost; its two numbers are bfloat16, because changes shrink as training settles
+    until float16 could not hold their scale.
     """
 
     forward: Codec | None = None
@@ -35,17 +35,19 @@ class Compression:
         forward_bits: int | None,
         backward_bits: int | None,
         group_size: int = GROUP_SIZE,
+        symmetric: bool = False,
         stochastic: bool = False,
         changes: bool = True,
     ) -> Self:
-        """Symmetric groups of so many bits each way, rounded to nearest or without bias.
+        """Groups of so many bits a value each way; `symmetric` grids are exact at 0 and have one level less,
+        `stochastic` rounding has no bias.
 
         Raises:
             UsageError: there is no codec of so many bits.
         """
         return cls(
-            forward=_codec("forward", forward_bits, group_size, stochastic),
-            backward=_codec("backward", backward_bits, group_size, stochastic),
+            forward=_codec("forward", forward_bits, group_size, symmetric, stochastic),
+            backward=_codec("backward", backward_bits, group_size, symmetric, stochastic),
             changes=changes,
         )
 
@@ -55,13 +57,19 @@ class Compression:
         return self.changes and self.forward is not None
 
 
-def _codec(way: str, num_bits: int | None, group_size: int, stochastic: bool) -> Codec | None:
+def _codec(
+    way: str, num_bits: int | None, group_size: int, symmetric: bool, stochastic: bool
+) -> Codec | None:
     if num_bits is None:
         return None
-    if num_bits not in BITS:
+    least = 2 if symmetric else 1  # of 1 bit a symmetric grid would have no level but 0
+    if not least <= num_bits <= 8:
+        kind = "symmetric codec" if symmetric else "codec"
         raise UsageError(
-            f"There is no symmetric codec of {num_bits} bits for {way} messages. Choose 2 to 8 bits, or full "
+            f"There is no {kind} of {num_bits} bits for {way} messages. Choose {least} to 8 bits, or full "
             "precision."
         )
     rounding = "stochastic" if stochastic else "nearest"
-    return codec_from_name(f"group{num_bits}:{group_size}:symmetric:{rounding}:float32")
+    # As many bytes either way: one float32, or two bfloat16.
+    numbers = "symmetric:" + rounding + ":float32" if symmetric else rounding + ":bfloat16"
+    return codec_from_name(f"group{num_bits}:{group_size}:{numbers}")

@@ -26,6 +26,7 @@ class Settings:
         stages: ranks, each with consecutive layers.
         forward_bits, backward_bits: of messages; None is full precision.
         direct: quantise activations themselves, not their changes.
+        symmetric: grids with as many levels below 0 as above.
         stochastic: round without bias.
         batch, sequence: samples a step, and tokens a sample.
     """
@@ -36,6 +37,7 @@ class Settings:
     backward_bits: int | None = 6
     group_size: int = GROUP_SIZE
     direct: bool = False
+    symmetric: bool = False
     stochastic: bool = False
     schedule: str = "1f1b"
     micro_batches: int = 4
@@ -67,6 +69,7 @@ class Settings:
             forward_bits=self.forward_bits,
             backward_bits=self.backward_bits,
             group_size=self.group_size,
+            symmetric=self.symmetric,
             stochastic=self.stochastic,
             changes=not self.direct,
         )

@@ -34,7 +34,7 @@ def batch_traffic(
         num_new, num_known: samples on their first visit, and others; without changes all are known.
         num_micro_batches: into how many parts it may be cut.
 
-    Source: AC-SGD, arXiv 2206.01299; a float32 scale for each group of values.
+    Source: AC-SGD, arXiv 2206.01299; what Q takes is its codec's own word.
     """
     samples = num_new + num_known
     parts = micro_batches(samples, num_micro_batches)
