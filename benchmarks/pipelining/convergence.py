@@ -4,7 +4,8 @@
 
 The complete set-up of a small reproduction of AC-SGD: a decoder of 4 layers and 64 dimensions on 128
 sequences of a noisy second-order Markov chain, 41 epochs. Expected before the run: changes
-of 3 bits with gradients of 6 within 0.02 of full precision, direct quantisation at the same bits clearly worse.
+of 3 bits with gradients of 6 within 0.02 of full precision, direct quantisation at the same bits clearly
+worse.
 """
 
 import argparse

@@ -54,10 +54,8 @@ def pipeline(
     backward_bits: BackwardOption = 6,
     group_size: GroupOption = 64,
     direct: DirectOption = False,
-    stochastic: SymmetricOption = Annotated[
-    bool, typer.Option("--symmetric", help="Grids with as many levels below 0 as above.")
-]
-StochasticOption = False,
+    symmetric: SymmetricOption = False,
+    stochastic: StochasticOption = False,
     schedule: ScheduleOption = "1f1b",
     micro_batches: PartsOption = 4,
     batch: BatchOption = 16,
