@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import capstan.pipelining.stage  # noqa: F401  # imported late by a pipeline, here once for all ranks
 import world
 from capstan.errors import CapstanError
 from capstan.pipelining import Compression, Pipeline
