@@ -41,8 +41,9 @@ class Liveness:
         # Connections of their own: another thread may wait in the store.
         self._store = store.clone()
         self._heart = _Heart(store.clone(), rank)
-        threading.Thread(target=self._heart.beat, name="capstan heartbeat", daemon=True).start()
-        weakref.finalize(self, self._heart.stop.set)
+        thread = threading.Thread(target=self._heart.beat, name="capstan heartbeat", daemon=True)
+        thread.start()
+        weakref.finalize(self, _stop, self._heart, thread)
 
     @contextmanager
     def waiting_for(self, rank: int) -> Iterator[None]:
@@ -104,6 +105,14 @@ class Liveness:
 
     def _beats(self, rank: int) -> int:
         return int(self._store.add(str(rank), 0))
+
+
+def _stop(heart: "_Heart", thread: threading.Thread) -> None:
+    """Also when the process ends, before Python does: a thread that is then in the store's C++ aborts it
+    ("terminate called without an active exception")."""
+    heart.stop.set()
+    if thread is not threading.current_thread():
+        thread.join(BEAT_S)
 
 
 class _Heart:

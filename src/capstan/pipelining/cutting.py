@@ -1,0 +1,121 @@
+"""Where to cut a chain of layers into stages."""
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from capstan.errors import UnsupportedModel, UsageError
+
+
+def cut(model: nn.Sequential, num_stages: int) -> list[nn.Sequential]:
+    """Consecutive layers as stages, such that the costliest stage costs least.
+
+    A layer costs its number of parameters, as matrix products do; looking rows up in an embedding is free.
+
+    Raises:
+        UsageError: fewer layers than stages.
+        UnsupportedModel: something in the model must not be cut.
+    """
+    if not isinstance(model, nn.Sequential):
+        raise UnsupportedModel(
+            f"Only an nn.Sequential can be cut into stages, found {type(model).__name__}: what would cross "
+            "is not known. Write the model as a chain of layers, each of one tensor to one tensor."
+        )
+    if not 1 <= num_stages <= len(model):
+        raise UsageError(
+            f"A model of {len(model)} layers cannot be cut into {num_stages} stages. Choose 1 to "
+            f"{len(model)}."
+        )
+    ends = _ends([_cost(layer) for layer in model], num_stages)
+    layers = [model[index] for index in range(len(model))]  # a layer may be there twice
+    stages = [nn.Sequential(*layers[start:end]) for start, end in pairwise([0, *ends])]
+    _refuse_shared(stages)
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm):
+            raise UnsupportedModel(
+                f"{name} is a {type(layer).__name__}: its averages would be of micro-batches, which trains "
+                "another model. Use LayerNorm or GroupNorm."
+            )
+    return stages
+
+
+def _cost(layer: nn.Module) -> int:
+    free = {id(each.weight) for each in layer.modules() if isinstance(each, nn.Embedding)}
+    return sum(each.numel() for each in layer.parameters() if id(each) not in free)
+
+
+def _ends(costs: Sequence[int], num_parts: int) -> list[int]:
+    """The ends of consecutive, non-empty parts whose largest sum is smallest; by dynamic programming."""
+    sums = [0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    # best[end]: the largest sum of the first `end` layers in so many parts, and the parts' ends.
+    best: dict[int, tuple[int, list[int]]] = {end: (sums[end], [end]) for end in range(1, len(costs) + 1)}
+    for parts in range(2, num_parts + 1):
+        best = {
+            end: min(
+                (max(best[start][0], sums[end] - sums[start]), [*best[start][1], end])
+                for start in range(parts - 1, end)
+            )
+            for end in range(parts, len(costs) + 1)
+        }
+    return best[len(costs)][1]
+
+
+def _refuse_shared(stages: Sequence[nn.Module]) -> None:
+    owners: dict[int, int] = {}
+    for index, stage in enumerate(stages):
+        for name, parameter in stage.named_parameters():
+            if owners.setdefault(id(parameter), index) != index:
+                raise UnsupportedModel(
+                    f"Stages {owners[id(parameter)]} and {index} would share {name}, and their copies would "
+                    "drift apart. Untie these weights, or use fewer stages."
+                )
+
+
+class Skeleton:
+    """The shapes that pass between stages, found without data: the layers, without their weights."""
+
+    def __init__(self, stages: Sequence[nn.Sequential]) -> None:
+        # One layer after another, so that at no time the whole model is there twice.
+        self._stages = [[copy.deepcopy(layer).to("meta") for layer in stage] for stage in stages]
+
+    @torch.no_grad()
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """What each stage gives for such inputs, on the meta device.
+
+        Raises:
+            UnsupportedModel: a stage gives no single floating-point tensor with one row a sample.
+        """
+        values, found = inputs.to("meta"), []
+        for index, layers in enumerate(self._stages):
+            for layer in layers:
+                try:
+                    values = layer(values)
+                except NotImplementedError as error:
+                    raise UnsupportedModel(
+                        f"The shapes in stage {index} depend on the data ({type(layer).__name__}), so the "
+                        "next stage cannot know what will come."
+                    ) from error
+            self._check(index, values, len(inputs))
+            found.append(values)
+        return found
+
+    def _check(self, index: int, values: object, num_samples: int) -> None:
+        if index == len(self._stages) - 1:
+            return
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            kind = str(values.dtype) if isinstance(values, Tensor) else type(values).__name__
+            raise UnsupportedModel(
+                f"Between stages {index} and {index + 1} one floating-point tensor must pass, found {kind}. "
+                "Cut elsewhere: use another number of stages, or join layers in a module of their own."
+            )
+        if values.dim() < 2 or len(values) != num_samples:
+            raise UnsupportedModel(
+                f"Between stages {index} and {index + 1} a row must pass for each of {num_samples} samples, "
+                f"found shape {tuple(values.shape)}."
+            )
