@@ -133,6 +133,7 @@ def packet(index="elias-fano", value_type="float16", rows=4, width=50, kept=5):
         value_type=value_type,
         values=rng.integers(0, 9, count).astype(np.float32),
         positions=None if index in ("dense", "support") else flat,
+        is_even=index not in ("dense", "support"),
     )
 
 
@@ -188,7 +189,7 @@ def test_bytes_with_a_right_checksum_are_read_as_written_or_refused(index, data)
         return
     # What is accepted is what would be written, but for the scale, which has more forms than are written.
     again, _ = write_packet(got)
-    assert again[:32] == hostile[:32]
+    assert again[:28] == hostile[:28]
     assert got.rows <= 4
 
 

@@ -1,11 +1,13 @@
 """`capstan federate`: what a network cut sends, and training over one."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from capstan.federation.job import EpochCounts
     from capstan.plans import Plan
 
 federate = typer.Typer(
@@ -97,6 +99,50 @@ def traffic(
     report = traffic_report(dimensions, wire, keep)
     link = DeviceLink(up_bytes_per_s=up, down_bytes_per_s=down, round_trip_s=round_trip_ms / 1e3)
     _print_plan(plan_iteration(dimensions, wire, link, report), report, as_json)
+
+
+ConfigArgument = Annotated[Path, typer.Argument(help="The job as a YAML file; see docs/federation.md.")]
+CheckpointOption = Annotated[
+    Path | None, typer.Option(help="Keep the job here after each epoch, and go on from it if it is there.")
+]
+ExplainOption = Annotated[bool, typer.Option("--explain", help="Print the plan and stop.")]
+
+
+@federate.command("run")
+def run(
+    config: ConfigArgument,
+    checkpoint: CheckpointOption = None,
+    explain: ExplainOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train as a YAML file says, all devices in this process; every byte becomes a message and is counted.
+
+    capstan federate run job.yaml --checkpoint job.pt
+    """
+    from capstan.errors import require_extra
+
+    require_extra("torch", "torch")
+    from capstan.federation.config import read_config
+    from capstan.federation.runs import prepare_run, run_report, train_run
+    from capstan.plans import compare
+    from capstan.plans import explain as explain_plan
+
+    prepared = prepare_run(read_config(config), checkpoint)
+    if explain:
+        if as_json:
+            typer.echo(json.dumps({"verb": "federate run", **run_report(prepared, None)}))
+        else:
+            typer.echo(explain_plan(prepared.plan), nl=False)
+        return
+    typer.echo(explain_plan(prepared.plan), nl=False, err=True)
+    finished = train_run(prepared, checkpoint, _tell_epoch)
+    typer.echo(compare(prepared.plan, finished.trace), nl=False, err=as_json)
+    if as_json:
+        typer.echo(json.dumps({"verb": "federate run", **run_report(prepared, finished)}))
+
+
+def _tell_epoch(counts: "EpochCounts", accuracy: float) -> None:
+    typer.echo(f"epoch {counts.epoch + 1}: loss {counts.loss:.4f}, accuracy {accuracy:.4f}", err=True)
 
 
 def _whole(option: str, number: float) -> int:

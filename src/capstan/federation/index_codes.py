@@ -81,8 +81,8 @@ def read_index(name: str, payload: Bytes, space: IndexSpace) -> Positions:
     least, most = code.least_bytes(space), code.most_bytes(space)
     if not least <= len(payload) <= most:
         raise InputError(
-            f"{space.kept} positions below {space.limit} take {_range(least, most)} bytes in the code {name}, "
-            f"found {len(payload)}: the packet is damaged."
+            f"{space.kept} positions below {space.limit} take {_range(least, most)} bytes in the code "
+            f"{name}, found {len(payload)}: the packet is damaged."
         )
     if not space.kept:
         return np.empty(0, np.int64)

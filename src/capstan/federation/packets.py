@@ -43,6 +43,7 @@ class CutPacket:
     """Elements of a (rows, width) tensor: all of them, or those at `positions`, rising and flat.
 
     `positions` is None where all are there (`dense`) or where the receiver has them already (`support`).
+    Where the sender promises equally many in each row (`is_even`), positions can be packed in fewer bits.
     """
 
     device: int
@@ -53,6 +54,7 @@ class CutPacket:
     value_type: str
     values: NDArray[Any]
     positions: Positions | None = field(default=None)
+    is_even: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +68,6 @@ class Sizes:
     @property
     def total(self) -> int:
         return self.index + self.values + self.framing
-
-
-def space_of(rows: int, width: int, kept: int, *, is_even: bool) -> IndexSpace:
-    """The space of `kept` positions; an even one if that can be so."""
-    return IndexSpace(rows, width, kept, is_even and rows > 0 and kept % rows == 0)
 
 
 def message_sizes(index: str, value_type: str, space: IndexSpace) -> Sizes:
@@ -87,20 +84,19 @@ def is_size_known(index: str, space: IndexSpace) -> bool:
 def write_packet(packet: CutPacket) -> tuple[bytes, Sizes]:
     """The message, and what its bytes are."""
     kept = len(packet.values)
-    even = False
     coded = np.empty(0, np.uint8)
     if packet.index not in _INDEX_NAMES:
         raise unknown_name("index code", packet.index, _INDEX_NAMES)
     if packet.index not in (DENSE, SUPPORT):
         if packet.positions is None:
             raise InputError(f"The index code {packet.index} writes positions, found none.")
-        even = _is_even(packet.positions, packet.rows, packet.width)
-        coded = write_index(packet.index, packet.positions, IndexSpace(packet.rows, packet.width, kept, even))
+        space = IndexSpace(packet.rows, packet.width, kept, packet.is_even)
+        coded = write_index(packet.index, packet.positions, space)
     values, scale = write_values(packet.value_type, packet.values)
     header = _HEADER.pack(
         MAGIC,
         VERSION,
-        _INDEX_NAMES.index(packet.index) | (_EVEN if even else 0),
+        _INDEX_NAMES.index(packet.index) | (_EVEN if packet.is_even else 0),
         _VALUE_NAMES.index(packet.value_type),
         packet.device,
         packet.step,
@@ -140,7 +136,7 @@ def read_packet(
         raise InputError(f"Wanted packet version {VERSION}, found {version}: update the older side.")
     if len(buffer) != FRAMING_BYTES + coded + valued:
         raise InputError(
-            f"The packet announces {FRAMING_BYTES + coded + valued} bytes, found {len(buffer)}: send it again."
+            f"{FRAMING_BYTES + coded + valued} bytes are announced, found {len(buffer)}: send it again."
         )
     payload = buffer[FRAMING_BYTES:]
     announced = _CHECKSUM.unpack_from(buffer, _HEADER.size)[0]
@@ -166,8 +162,6 @@ def read_packet(
         if is_even and (rows == 0 or count == 0 or count % rows):
             raise InputError(f"{count} positions cannot be spread evenly over {rows} rows.")
         positions = read_index(index, flat[:coded], IndexSpace(rows, found_width, count, is_even))
-        if is_even != _is_even(positions, rows, found_width):
-            raise InputError("The packet says that rows keep unequally many: the packet is damaged.")
     return CutPacket(
         device=device,
         step=step,
@@ -177,6 +171,7 @@ def read_packet(
         value_type=value_type,
         values=read_values(value_type, flat[coded:], scale),
         positions=positions,
+        is_even=is_even,
     )
 
 
@@ -187,9 +182,3 @@ def _check_sizes(rows: int, found_width: int, count: int, *, width: int, max_row
         raise InputError(f"Wanted at most {max_rows} samples in a batch, found {rows}.")
     if count > rows * found_width:
         raise InputError(f"{count} of {rows * found_width} elements cannot be kept.")
-
-
-def _is_even(positions: Positions, rows: int, width: int) -> bool:
-    if not rows or not len(positions) or len(positions) % rows:
-        return False
-    return bool((np.bincount(positions // width, minlength=rows) == len(positions) // rows).all())

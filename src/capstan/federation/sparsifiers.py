@@ -1,7 +1,7 @@
 """Which elements of a batch of activations are sent. NumPy only.
 
     top-k         the k largest absolute values, of each sample or of the whole batch; of equal ones the first
-    threshold     all above a value: one comparison an element, for microcontrollers; how many is not known before
+    threshold     all above a value: one comparison an element, for microcontrollers
     random top-k  of k chosen, each is with probability alpha one that is not among the k largest
 
 Source: top-k, Yuan et al., arXiv 2005.05083; random top-k, Zheng et al., arXiv 2305.18469.

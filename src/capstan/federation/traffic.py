@@ -7,11 +7,11 @@ For devices that send batches of N samples through a cut of d elements, of which
     averaged bottoms     2 P_bottom b_w an average
     break-even           s* = bytes of a round / bytes of a batch
 
-Three corrections to a comparison by iteration, all reported: positions cost bytes too; federated averaging sends
-once a round of many batches, so that the ratio for an epoch is larger, and above s* batches a round it
+Three corrections to a comparison by iteration, all reported: positions cost bytes too; federated averaging
+sends once a round of many batches, so that the ratio for an epoch is larger, and above s* batches a round it
 sends less; the gradient needs no positions, because it lives on those of the activations.
 
-Source: Yuan et al., arXiv 2005.05083, whose published bytes are `published_account`: 32-bit values without an index.
+Source: Yuan et al., arXiv 2005.05083; `published_account` counts as it does: 32-bit values, no index.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class DeviceLink:
 
 @dataclass(frozen=True, kw_only=True)
 class CutDimensions:
-    """A network cut, without the network: `num_parameters` of all layers, `num_bottom_parameters` below it."""
+    """A cut network's sizes: `num_parameters` of all layers, `num_bottom_parameters` of those on devices."""
 
     cut_width: int
     batch: int
@@ -69,7 +69,7 @@ class CutDimensions:
                 raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}.")
         if not 0 <= self.num_bottom_parameters <= self.num_parameters:
             raise UsageError(
-                f"The bottom has 0 to all {self.num_parameters} parameters, found {self.num_bottom_parameters}."
+                f"The bottom has 0 to {self.num_parameters} parameters, found {self.num_bottom_parameters}."
             )
         if self.num_samples is not None and self.num_samples < self.num_devices:
             raise UsageError(f"{self.num_samples} samples do not reach for {self.num_devices} devices.")
@@ -231,7 +231,7 @@ def plan_iteration(dimensions: CutDimensions, wire: Wire, link: DeviceLink, repo
         )
     return Plan(
         system="federation",
-        title=f"{dimensions.num_devices} devices, a cut of {dimensions.cut_width}, {dimensions.batch} samples each",
+        title=f"{dimensions.num_devices} devices of {dimensions.batch} samples, cut {dimensions.cut_width}",
         machine="dimensions alone",
         phases=(
             Phase(

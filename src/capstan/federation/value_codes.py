@@ -2,8 +2,8 @@
 
 16 bits are IEEE half precision of value / scale, where scale is the power of two at or above the largest
 absolute value: gradients of a mean over a big batch would vanish in half precision without it. A power of
-two costs no accuracy: |decoded - value| <= 2^-11 |value| + 2^-25 scale. 8 bits are round(127 value / scale), where
-scale is the largest absolute value: |decoded - value| <= scale / 254, and half a unit of float32 more.
+two costs no accuracy: |decoded - value| <= 2^-11 |value| + 2^-25 scale. 8 bits are round(127 value / scale),
+where scale is the largest absolute value: |decoded - value| <= scale / 254, and what float32 rounds.
 """
 
 from typing import Any
