@@ -1,5 +1,6 @@
 """A training job as YAML, checked by pydantic so that an error names the field and what it should be."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -7,6 +8,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from capstan.errors import InputError
+from capstan.federation.partition import balanced_batches
 from capstan.federation.schedule import Settings
 from capstan.federation.sparsifiers import RandomTopK, Sparsifier, Threshold, TopK
 from capstan.federation.traffic import DeviceLink
@@ -71,24 +73,36 @@ class ModelConfig(_Strict):
         return self
 
 
+class BatchTotal(_Strict):
+    """See `balanced_batches`."""
+
+    total: Whole = Field(ge=1)
+
+
 class DevicesConfig(_Strict):
-    """How many devices, what lies on each, and how many samples each takes at once."""
+    """How many devices, what lies on each, and how many samples each takes at once.
+
+    `batch` is one number for all, one for each device, or `{total: 64}`: in proportion to their samples.
+    """
 
     count: Whole = Field(ge=1)
-    batch: Whole | list[Whole] = 8
+    batch: Whole | list[Whole] | BatchTotal = 8
     partition: Literal["iid", "labels", "dirichlet"] = "iid"
     alpha: Number = Field(default=0.5, gt=0)
 
     @model_validator(mode="after")
     def _a_batch_each(self) -> Self:
+        if isinstance(self.batch, BatchTotal):
+            return self
         sizes = self.batch if isinstance(self.batch, list) else [self.batch]
         if min(sizes, default=0) < 1 or (isinstance(self.batch, list) and len(sizes) != self.count):
             raise ValueError(f"wanted one batch of at least 1, or {self.count} of them")
         return self
 
-    @property
-    def batches(self) -> list[int]:
-        """The batch of each device."""
+    def batches(self, sizes: Sequence[int]) -> list[int]:
+        """The batch of each device, which have `sizes` samples."""
+        if isinstance(self.batch, BatchTotal):
+            return balanced_batches(sizes, self.batch.total)
         return self.batch if isinstance(self.batch, list) else [self.batch] * self.count
 
 

@@ -1,5 +1,7 @@
 """Which samples lie on which device. NumPy only; the same seed deals the same samples everywhere."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,6 +45,18 @@ def partition(
     if scheme == "dirichlet":
         return _dirichlet(labels, order, num_devices, alpha, max(1, min_samples), rng)
     raise unknown_name("partition", scheme, SCHEMES)
+
+
+def balanced_batches(sizes: Sequence[int], total: int) -> list[int]:
+    """A batch for each device in proportion to its samples, about `total` together: ceil(total n_i / n).
+
+    Where devices have very different numbers of samples, equal batches make as many iterations as the largest
+    needs, each with few samples of the others; these make them as many as those of one machine.
+    """
+    if total < 1:
+        raise UsageError(f"A batch has at least one sample, found {total} for all devices together.")
+    count = max(1, sum(sizes))
+    return [max(1, -(-total * size // count)) for size in sizes]
 
 
 def _dirichlet(

@@ -58,7 +58,9 @@ def prepare_run(config: JobConfig, checkpoint: Path | None = None) -> PreparedRu
         DeviceData(
             inputs=torch.from_numpy(part.inputs), labels=torch.from_numpy(part.labels), batch_size=batch
         )
-        for part, batch in zip(map(train.take, parts), config.devices.batches, strict=True)
+        for part, batch in zip(
+            map(train.take, parts), config.devices.batches(list(map(len, parts))), strict=True
+        )
     ]
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     network = _network(config, tuple(train.inputs.shape[1:]), num_classes)

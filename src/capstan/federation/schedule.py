@@ -6,6 +6,7 @@ Planner and driver read the same schedule, so that what is planned is what is se
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -32,8 +33,8 @@ class Settings:
 
     `average_every` is for the last two: how many iterations lie between averages of the device parts, None
     for an epoch. With 1, the default, training is synchronous SGD on the uncut network; the drift between
-    rarer averages costs accuracy where devices hold different labels. `fraction_train` of the devices take part
-    in an epoch; an iteration goes on with `quorum` of those that were expected; a device is lost in an
+    rarer averages costs accuracy where devices hold different labels. `fraction_train` of the devices take
+    part in an epoch; an iteration goes on with `quorum` of those that were expected; a device is lost in an
     iteration with probability `loss_rate`, which simulates stragglers and failures.
 
     Source: McMahan et al., arXiv 1602.05629 (fedavg); Vepakomma et al., arXiv 1812.00564 (split, u-shaped);
@@ -111,19 +112,25 @@ def epoch_iterations(
 ) -> Iterator[Iteration]:
     """The iterations of an epoch, in order.
 
-    Each device shuffles its samples by a seed of its own. A device with fewer batches than others is not in
-    the last joint iterations. Who is averaged at the end of an epoch stands in its last iteration.
+    Each device shuffles its samples by a seed of its own. What it takes at once is at most its batch. Joint
+    iterations are as many as the slowest device needs, and every device spreads its samples evenly over all
+    of them: if the small ones came to an end before the others, the last iterations would teach the server's
+    part the labels of the large ones only. Who is averaged at an epoch's end stands in its last iteration.
     """
     devices = participants(sizes, settings, epoch)
-    dealt = {
-        device: [
-            Batch(device, rows)
-            for rows in _batches(sizes[device], batch_sizes[device], settings, epoch, device)
-        ]
-        for device in device_order(devices, settings, epoch)
-    }
+    counts = {device: -(-sizes[device] // batch_sizes[device]) for device in devices}
     if settings.is_joint:
-        yield from _joint(list(dealt.values()), settings, devices)
+        counts = dict.fromkeys(devices, max(counts.values(), default=0))
+    dealt = {}
+    for device in device_order(devices, settings, epoch):
+        order = np.random.default_rng([settings.seed, 3, epoch, device]).permutation(sizes[device])
+        if settings.is_joint:
+            edges = np.arange(counts[device] + 1) * sizes[device] // counts[device]
+        else:
+            edges = np.minimum(np.arange(counts[device] + 1) * batch_sizes[device], sizes[device])
+        dealt[device] = [Batch(device, order[start:end]) for start, end in pairwise(edges)]
+    if settings.is_joint:
+        yield from _joint(list(dealt.values()), settings)
         return
     for device, batches in dealt.items():
         for at, batch in enumerate(batches):
@@ -136,11 +143,11 @@ def epoch_iterations(
             yield Iteration((batch,), averaged)
 
 
-def _joint(dealt: list[list[Batch]], settings: Settings, devices: tuple[int, ...]) -> Iterator[Iteration]:
-    count = max(map(len, dealt), default=0)
+def _joint(dealt: list[list[Batch]], settings: Settings) -> Iterator[Iteration]:
     seen: set[int] = set()  # since the last average
-    for at in range(count):
-        batches = tuple(batches[at] for batches in dealt if at < len(batches))
+    count = len(dealt[0]) if dealt else 0
+    for at, column in enumerate(zip(*dealt, strict=True)):
+        batches = tuple(batch for batch in column if len(batch.rows))
         seen.update(batch.device for batch in batches)
         is_due = at == count - 1 or (
             settings.average_every is not None and (at + 1) % settings.average_every == 0
@@ -148,11 +155,6 @@ def _joint(dealt: list[list[Batch]], settings: Settings, devices: tuple[int, ...
         yield Iteration(batches, tuple(sorted(seen)) if is_due else ())
         if is_due:
             seen.clear()
-
-
-def _batches(size: int, batch: int, settings: Settings, epoch: int, device: int) -> list[NDArray[np.int64]]:
-    order = np.random.default_rng([settings.seed, 3, epoch, device]).permutation(size)
-    return [order[start : start + batch] for start in range(0, size, batch)]
 
 
 def is_lost(settings: Settings, epoch: int, iteration: int, device: int) -> bool:
