@@ -1,0 +1,105 @@
+"""The two kinds of members: a device with its data and its part of the network, and the server's part."""
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from capstan.errors import InputError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DeviceData:
+    """What lies on a device: (samples, …) inputs and (samples,) labels, and how many it takes at once.
+
+    A device may have a bottom of its own that fits its means; its output must have as many elements as the
+    others'. It is then trained by this device alone and never averaged.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    batch_size: int
+    bottom: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.labels):
+            raise InputError(f"{len(self.inputs)} inputs have {len(self.labels)} labels: one each is wanted.")
+        if self.batch_size < 1:
+            raise UsageError(f"A batch has at least one sample, found {self.batch_size}.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CutNetwork:
+    """A network in parts: `bottom` on devices, `top` on the server, and for the U-shape `head` on devices.
+
+    The top gets what the bottom gives, in its shape. The parts are copied, never changed.
+    """
+
+    bottom: nn.Module
+    top: nn.Module
+    num_classes: int
+    head: nn.Module | None = None
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Elements of all parts' floating-point state."""
+        parts = [self.bottom, self.top, *([self.head] if self.head is not None else [])]
+        return sum(num_state_elements(part) for part in parts)
+
+
+def floating_state(module: nn.Module) -> list[Tensor]:
+    """Parameters and floating-point buffers, which averages are made of. Counters are not among them."""
+    return [each for each in module.state_dict().values() if each.is_floating_point()]
+
+
+def num_state_elements(module: nn.Module) -> int:
+    """How many elements `flat_state` has."""
+    return sum(each.numel() for each in floating_state(module))
+
+
+def flat_state(module: nn.Module) -> Tensor:
+    """All floating-point state as one flat tensor."""
+    parts = [each.reshape(-1) for each in floating_state(module)]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+@torch.no_grad()
+def set_flat_state(module: nn.Module, flat: Tensor) -> None:
+    """The inverse of `flat_state`; the module's tensors stay where they are."""
+    at = 0
+    for each in floating_state(module):
+        each.copy_(flat[at : at + each.numel()].view_as(each))
+        at += each.numel()
+
+
+def weighted_mean(states: Iterable[tuple[float, Tensor]]) -> Tensor:
+    """sum w_i s_i / sum w_i, summed in float64 in the order given."""
+    pairs = list(states)
+    total = sum(weight for weight, _ in pairs)
+    mean = torch.zeros_like(pairs[0][1], dtype=torch.float64)
+    for weight, state in pairs:
+        mean += state.double() * (weight / total)
+    return mean.to(pairs[0][1])
+
+
+class Device:
+    """A device at work: its own copy of the device part, that part's optimiser, and which average it has."""
+
+    def __init__(self, data: DeviceData, parts: nn.ModuleList, *, is_shared: bool) -> None:
+        self.data, self.parts, self.is_shared = data, deepcopy(parts), is_shared
+        self.version = -1  # of the average that its weights are from; -1 before the first
+        self.samples_since_average = 0
+        self.optimiser: torch.optim.Optimizer | None = None
+
+    def batch(self, rows: "Tensor") -> tuple[Tensor, Tensor]:
+        """Inputs and labels of some of its samples."""
+        return self.data.inputs[rows], self.data.labels[rows]
+
+
+def sgd(modules: Iterable[nn.Module], learning_rate: float, momentum: float) -> torch.optim.Optimizer | None:
+    """SGD over all parameters of `modules`, or None where there are none to train."""
+    parameters = [each for module in modules for each in module.parameters() if each.requires_grad]
+    return torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum) if parameters else None
