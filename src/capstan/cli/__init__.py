@@ -12,14 +12,17 @@ from rich.markup import escape
 from capstan.cli.allocate import allocate
 from capstan.cli.demo import demo
 from capstan.cli.evaluate import app as evaluate
+from capstan.cli.federate import federate
 from capstan.cli.generate import generate
 from capstan.cli.merge import merge
+from capstan.cli.partition import partition
 from capstan.cli.probe import probe
 from capstan.cli.recommend import app as recommend
 from capstan.cli.relate import relate
 from capstan.cli.serve import serve
 from capstan.cli.shuffle import app as shuffle
 from capstan.cli.train import train
+from capstan.cli.train_pipeline import pipeline
 from capstan.errors import CapstanError
 
 __all__ = ["app", "main"]
@@ -48,6 +51,9 @@ app.add_typer(evaluate, name="evaluate")
 app.add_typer(train, name="train")
 app.add_typer(recommend, name="recommend")
 app.add_typer(shuffle, name="shuffle")
+app.add_typer(partition, name="partition")
+app.add_typer(federate, name="federate")
+train.command("pipeline")(pipeline)
 
 
 def _print_version(wanted: bool) -> None:

@@ -90,7 +90,7 @@ def _read_csv(path: Path, inputs: str | None, label: str | None) -> tuple[NDArra
 
 
 def _read_parquet(path: Path, inputs: str | None, label: str | None) -> tuple[NDArray[Any], NDArray[Any]]:
-    require_extra("evaluation-parquet", "pyarrow")
+    require_extra("federation", "pyarrow")
     import pyarrow.parquet as parquet
 
     table = parquet.read_table(path)
