@@ -5,6 +5,7 @@ import json
 import math
 import random
 import resource
+import tracemalloc
 import uuid
 from collections import Counter
 from dataclasses import dataclass
@@ -366,3 +367,21 @@ def test_sql_sees_the_users_columns_only(tmp_path):
     )
     with pytest.raises(InputError, match="DuckDB cannot run"):
         verify(query("SELECT nothing FROM nowhere"), [orders], repeats=1)
+
+
+def test_memory_is_that_of_a_bucket_not_of_a_table(tmp_path):
+    left = _write(tmp_path / "left.parquet", {"k": list(range(100))})
+    right = _write(tmp_path / "right.parquet", {"k": list(range(30_000))})
+    peaks = {}
+    for num_buckets in (1, 16):
+        laid_out = [
+            apply(each, read_key("k"), tmp_path / each.name, num_buckets=num_buckets)
+            for each in (left, right)
+        ]
+        tracemalloc.start()
+        for _ in join(*laid_out, key="k", other="k"):
+            pass
+        peaks[num_buckets] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    # A sixteenth of the rows, and a batch of at most that many while they are read: an eighth, were nothing else.
+    assert peaks[16] < peaks[1] / 4
