@@ -144,6 +144,10 @@ FORMS = {
     "line of text": [lambda line: line.split(",")[1]],
     "partial": [functools.partial(by, step=100), lambda o: o["okey"] // 100],
     "bits": [lambda o: o["okey"] >> 8 & 255],
+    "one of a set": [lambda o: o["kind"] in {"a", "b"}, lambda o: o["kind"] in {"b", "a"}],
+    "table of names": [lambda o: {"a": 1, "b": 2}.get(o["kind"], 0)],
+    "format": [lambda o: "{}-{}".format(o["a"], o["b"])],
+    "percent": [lambda o: "%s-%s" % (o["a"], o["b"])],  # noqa: UP031
     "negated": [lambda o: -o["okey"]],
     "default": [lambda o, size=7: o["okey"] // size],
 }
@@ -209,11 +213,15 @@ LOOK_ALIKES = [
     (lambda o: -o["a"], lambda o: ~o["a"]),
     (lambda o: o["a"] % 4, lambda o: o["a"] & 4),
     (lambda o: 2 ** o["a"], lambda o: o["a"] ** 2),
+    (lambda o: o["a"] in {"x", "y"}, lambda o: o["a"] in {"x", "z"}),
+    (lambda o: {"a": 1}.get(o["a"]), lambda o: {"a": 2}.get(o["a"])),
     (lambda o: o["a"]["b"], lambda o: o["b"]["a"]),
     (lambda o: o["ab"]["c"], lambda o: o["a"]["bc"]),
 ]
 
 STATE = {"offset": 1}
+LAUNCH = datetime.datetime(2020, 1, 1)
+DIGITS = re.compile(r"\d+")
 OFFSET = 1
 SEEN = []
 
@@ -252,6 +260,8 @@ def catches(row):
 OPAQUE = {
     "global number": (lambda o: o["a"] + OFFSET, True),
     "global dict": (lambda o: o["a"] + STATE["offset"], False),
+    "global pattern": (lambda o: DIGITS.match(o["s"]).group(0), True),
+    "global date": (lambda o: (o["a"], LAUNCH.date()), False),
     "clock": (lambda o: (o["a"], time.time()), False),
     "salted hash": (lambda o: hash(o["a"]), False),
     "output": (lambda o: print(o["a"]), False),

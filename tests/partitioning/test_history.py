@@ -7,7 +7,7 @@ import pytest
 
 from capstan.errors import DoesNotFit, InputError, UsageError
 from capstan.partitioning import History, JobRun, Side, record
-from capstan.partitioning.recording import add_to_recording
+from capstan.partitioning.recording import recorder
 
 SIDE = Side(table="orders", key="ab", key_text="row['okey']", num_rows=10, size_bytes=80, num_keys=7)
 RUN = JobRun(
@@ -33,23 +33,31 @@ def test_runs_come_back_as_they_were_added(tmp_path):
 
 def test_a_block_and_a_function_are_recorded(tmp_path):
     path = tmp_path / "runs.db"
-    add_to_recording(RUN)  # nobody records
+    recorder()(RUN)  # nobody records
     with record(path):
-        add_to_recording(RUN)
+        recorder()(RUN)
 
     @record(path)
     def work():
-        add_to_recording(RUN)
+        recorder()(RUN)
 
     work()
     work()
     assert len(History(path).runs()) == 3
 
 
+def test_a_generator_is_not_decorated_because_it_would_run_too_late(tmp_path):
+    def work():
+        yield 1
+
+    with pytest.raises(UsageError, match="is a generator"):
+        record(tmp_path / "runs.db")(work)
+
+
 def test_the_innermost_recording_gets_the_job(tmp_path):
     with record(tmp_path / "outer.db"):
         with record(tmp_path / "inner.db"):
-            add_to_recording(RUN)
+            recorder()(RUN)
         assert History(tmp_path / "outer.db").runs() == []
     assert History(tmp_path / "inner.db").runs() == [RUN]
 

@@ -1,10 +1,12 @@
 """Layouts change where rows lie, never what a job gives; switching is whole or not at all."""
 
 import datetime
+import functools
 import json
 import math
 import random
 import resource
+import tracemalloc
 import uuid
 from collections import Counter
 from dataclasses import dataclass
@@ -157,6 +159,12 @@ def test_random_joins_equal_the_nested_loop(tmp_path_factory, left, right):
     rows = [[{"k": key} for key in keys] for keys in (left, right)]
     wanted = _wanted(*rows, lambda o: o["k"], lambda r: r["k"])
     assert _collection(join(*laid_out, key="k", other="k")) == wanted
+
+
+@dataclass(frozen=True)
+class Pair:
+    a: int
+    b: int
 
 
 @dataclass
@@ -343,6 +351,15 @@ def test_a_recorded_join_says_sizes_keys_and_bytes(tmp_path):
     assert 0 < run.shuffle_s <= run.seconds
 
 
+def test_a_job_belongs_to_the_recording_in_which_it_was_called(tmp_path):
+    table = _write(tmp_path / "t.parquet", {"k": [1, 2]})
+    with record(tmp_path / "runs.db"):
+        inside = group(table, key="k", name="inside")
+    outside = group(table, key="k", name="outside")
+    assert len(list(inside)) == len(list(outside)) == 2
+    assert [run.name for run in History(tmp_path / "runs.db").runs()] == ["inside"]
+
+
 def test_verify_shows_that_the_shuffle_is_gone_and_results_are_equal(tmp_path):
     orders = apply(_orders(tmp_path), read_key("okey"), tmp_path / "laid")
     found = verify(
@@ -366,3 +383,33 @@ def test_sql_sees_the_users_columns_only(tmp_path):
     )
     with pytest.raises(InputError, match="DuckDB cannot run"):
         verify(query("SELECT nothing FROM nowhere"), [orders], repeats=1)
+
+
+def test_memory_is_that_of_a_bucket_not_of_a_table(tmp_path):
+    left = _write(tmp_path / "left.parquet", {"k": list(range(100))})
+    right = _write(tmp_path / "right.parquet", {"k": list(range(30_000))})
+    peaks = {}
+    for num_buckets in (1, 16):
+        laid_out = [
+            apply(each, read_key("k"), tmp_path / each.name, num_buckets=num_buckets)
+            for each in (left, right)
+        ]
+        tracemalloc.start()
+        for _ in join(*laid_out, key="k", other="k"):
+            pass
+        peaks[num_buckets] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    # A sixteenth of the rows, and as many again while a file is read: an eighth, were there nothing else.
+    assert peaks[16] < peaks[1] / 4
+
+
+def test_a_table_joined_with_itself_is_shuffled_once_unless_its_keys_differ(tmp_path):
+    table = _write(tmp_path / "t.parquet", {"a": [1, 2, 3, 4], "b": [2, 3, 4, 5]})
+    first, second = (functools.lru_cache(each) for each in (lambda row: row.a, lambda row: row.b))
+    with collect() as jobs:
+        assert len(list(join(table, table, key="a", other="a"))) == 4
+        assert len(list(join(table, table, key="a", other="b"))) == 3
+    assert jobs[1].shuffle_bytes == pytest.approx(2 * jobs[0].shuffle_bytes, rel=0.5)
+    # Code that is not Python's own is not told apart by identity, and must not share a shuffle.
+    pairs = open_table(tmp_path / "t.parquet", row=Pair)
+    assert len(list(join(pairs, pairs, key=first, other=second))) == 3

@@ -1,8 +1,11 @@
 """Keys are found in functions, equal ones are equal, and what only looks alike never matches."""
 
 import functools
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -155,3 +158,48 @@ def test_a_class_that_makes_up_its_attributes_is_not_read_through():
             return name
 
     assert read_key(lambda row: row.anything, of=Lazy).level == "opaque"
+
+
+def test_what_the_rows_class_computes_makes_an_opaque_key_not_reusable():
+    class Row:
+        STEP = 7
+
+        @property
+        def hours(self):
+            total = 0
+            for each in self.times:
+                total = total + each
+            return total
+
+        def __init__(self):
+            self.times = []
+
+    def looping(row):
+        total = 0
+        for each in row.times:
+            total = total + each
+        return total
+
+    assert read_key(looping, of=Row).is_reusable
+    assert not read_key(lambda row: row.hours, of=Row).is_reusable
+    assert not read_key(lambda row: row.okey // row.STEP, of=Row).is_reusable
+
+
+def test_identities_are_the_same_in_every_process():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from key_forms import *\n"
+        "print([read_key(each).identity for _, each in ALL])\n"
+        "print([read_key(each).identity for each, _ in OPAQUE.values()])"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(Path(__file__).parent)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(said) == 1
+    assert all(identity in next(iter(said)) for group in IDENTITIES.values() for identity in group)

@@ -17,7 +17,7 @@ from capstan.errors import UsageError
 from capstan.partitioning.buckets import comparable, is_null
 from capstan.partitioning.history import JobRun, Side
 from capstan.partitioning.reading import Key, read_key
-from capstan.partitioning.recording import add_to_recording
+from capstan.partitioning.recording import recorder
 from capstan.partitioning.scattering import bucket_folder, scatter
 from capstan.partitioning.tables import Table, read_batches
 
@@ -45,6 +45,10 @@ class _Input:
             num_buckets=num_buckets,
         )
         self.shuffle_bytes = sum(done.size_bytes.values())
+
+    def is_like(self, other: "_Input") -> bool:
+        """Whether the same rows go to the same buckets, as when a table is joined with itself."""
+        return self.table is other.table and self.key.is_reusable and self.key.identity == other.key.identity
 
     def rows(self, bucket: int, num_buckets: int) -> Iterator[tuple[object, Any]]:
         """Keys and rows of a bucket."""
@@ -132,6 +136,18 @@ def join(
         _Input(left, read_key(key, of=_class(left))),
         _Input(right, read_key(other, of=_class(right))),
     ]
+    # Here, not when the results are read: a recording that is open now may be closed by then.
+    return _joined(sides, combine, name, num_buckets, scratch, recorder())
+
+
+def _joined(
+    sides: list[_Input],
+    combine: Callable[[Any, Any], Any],
+    name: str,
+    num_buckets: int,
+    scratch: Path | str | None,
+    keep: Callable[[JobRun], None],
+) -> Iterator[Any]:
     with ExitStack() as stack:
         clock = _Clock()
         shuffle_s, count = _bring_together(sides, num_buckets, scratch, stack)
@@ -149,7 +165,7 @@ def join(
                     num_results += 1
                     yield from clock.hand_out(combine(row, match))
             sides[0].count(+seen)
-        _record(name, "join", sides, clock, shuffle_s, num_results)
+        keep(_run(name, "join", sides, clock, shuffle_s, num_results))
 
 
 def group(
@@ -166,6 +182,17 @@ def group(
     Rows of one bucket are in memory at a time. For the arguments see `join`.
     """
     side = _Input(table, read_key(key, of=_class(table)))
+    return _grouped(side, reduce, name, num_buckets, scratch, recorder())
+
+
+def _grouped(
+    side: _Input,
+    reduce: Callable[[list[Any]], Any],
+    name: str,
+    num_buckets: int,
+    scratch: Path | str | None,
+    keep: Callable[[JobRun], None],
+) -> Iterator[tuple[object, Any]]:
     with ExitStack() as stack:
         clock = _Clock()
         shuffle_s, count = _bring_together([side], num_buckets, scratch, stack)
@@ -178,7 +205,7 @@ def group(
             for value, each in rows.items():
                 num_results += 1
                 yield from clock.hand_out((value, reduce(each)))
-        _record(name, "group", [side], clock, shuffle_s, num_results)
+        keep(_run(name, "group", [side], clock, shuffle_s, num_results))
 
 
 def _bring_together(
@@ -192,10 +219,10 @@ def _bring_together(
     if count < 1:
         raise UsageError(f"{count} buckets were asked for; give 1 or more.")
     started_s = time.perf_counter()
-    for number, side in enumerate(sides):
+    for side in sides:
         layout = side.table.layout
         if layout is None or not side.table.lies_by(side.key) or layout.num_buckets % count:
-            if side.table is sides[0].table and number and side.key == sides[0].key and sides[0].shuffled:
+            if side is not sides[0] and sides[0].shuffled and side.is_like(sides[0]):
                 side.shuffled = sides[0].shuffled  # a table joined with itself is shuffled once
                 continue
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="capstan-shuffle-", dir=scratch))
@@ -203,20 +230,18 @@ def _bring_together(
     return time.perf_counter() - started_s, count
 
 
-def _record(
+def _run(
     name: str, kind: str, sides: list[_Input], clock: _Clock, shuffle_s: float, num_results: int
-) -> None:
-    add_to_recording(
-        JobRun(
-            name=name,
-            kind=kind,
-            seconds=clock.seconds,
-            sides=tuple(side.side for side in sides),
-            layout={side.table.name: side.key.identity for side in sides if side.shuffled is None},
-            shuffle_s=shuffle_s,
-            shuffle_bytes=sum(side.shuffle_bytes for side in sides),
-            result_rows=num_results,
-        )
+) -> JobRun:
+    return JobRun(
+        name=name,
+        kind=kind,
+        seconds=clock.seconds,
+        sides=tuple(side.side for side in sides),
+        layout={side.table.name: side.key.identity for side in sides if side.shuffled is None},
+        shuffle_s=shuffle_s,
+        shuffle_bytes=sum(side.shuffle_bytes for side in sides),
+        result_rows=num_results,
     )
 
 

@@ -8,10 +8,11 @@ import builtins
 import dis
 import hashlib
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 
 from capstan.partitioning.terms import SCALARS
 
@@ -61,6 +62,7 @@ class Footprint:
     opaque: tuple[str, ...]
     unstable: tuple[str, ...]
     untraceable: tuple[str, ...]
+    names: frozenset[str]
     digest: str
 
 
@@ -69,7 +71,7 @@ def footprint(function: FunctionType) -> Footprint:
 
     `opaque`: why no term may stand for it. `unstable`: why two runs, or two versions, of it may differ
     without its digest showing it, so that no stored layout may be matched with it. `untraceable`: why
-    calling it with a symbol would not show all that it does.
+    calling it with a symbol would not show all that it does. `names`: globals and attributes that it uses.
     """
     look = _Look()
     look.function(function)
@@ -77,6 +79,7 @@ def footprint(function: FunctionType) -> Footprint:
         opaque=tuple(dict.fromkeys(look.opaque + look.unstable)),
         unstable=tuple(dict.fromkeys(look.unstable)),
         untraceable=tuple(dict.fromkeys(look.untraceable)),
+        names=frozenset(look.names),
         digest=hashlib.sha256("\n".join(look.digested).encode()).hexdigest()[:16],
     )
 
@@ -87,6 +90,7 @@ class _Look:
         self.unstable: list[str] = []
         self.untraceable: list[str] = []
         self.digested = [f"python {sys.version_info[0]}.{sys.version_info[1]}"]
+        self.names: set[str] = set()
         self._seen: set[int] = set()
 
     def function(self, function: FunctionType) -> None:
@@ -106,7 +110,13 @@ class _Look:
             self._value(name, value)
 
     def _code(self, code: CodeType) -> None:
-        constants = [each for each in code.co_consts if not isinstance(each, CodeType)]
+        self.names.update(code.co_names)
+        # A set prints in another order in another process.
+        constants = [
+            sorted(map(repr, each)) if isinstance(each, frozenset) else each
+            for each in code.co_consts
+            if not isinstance(each, CodeType)
+        ]
         self.digested.append(f"{code.co_code.hex()} {constants!r} {code.co_names} {code.co_varnames}")
         if code.co_exceptiontable:
             self.untraceable.append("catches exceptions")
@@ -147,7 +157,9 @@ class _Look:
                 self.digested.append(f"{name} is {known}")
             elif isinstance(found, FunctionType) and not attributes:
                 self._value(name, found)
-            elif isinstance(found, SCALARS):
+            elif isinstance(found, SCALARS) or (
+                isinstance(found, re.Pattern) and PURE_MODULES["re"].issuperset(attributes)
+            ):
                 self.opaque.append(f"reads the global {name}")
                 self._value(name, found)
             else:
@@ -158,7 +170,7 @@ class _Look:
             self.untraceable.append(f"calls {name}")
             self.digested.append(f"{name} is the function")
             self.function(value)
-        elif isinstance(value, SCALARS):
+        elif isinstance(value, (*SCALARS, re.Pattern)):
             self.digested.append(f"{name} = {type(value).__name__} {value!r}")
         else:
             self.unstable.append(f"reads {name}, a {type(value).__name__} that may change")
@@ -175,6 +187,8 @@ def pure_name(found: object, attributes: list[str]) -> str | None:
 def _full_name(found: object) -> tuple[str, str]:
     if isinstance(found, ModuleType):
         return found.__name__, ""
+    if not isinstance(found, type | FunctionType | BuiltinFunctionType):
+        return "", ""  # an instance has its class's module: re's, of a compiled pattern
     return str(getattr(found, "__module__", "") or ""), str(getattr(found, "__qualname__", "") or "")
 
 

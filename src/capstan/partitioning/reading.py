@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import FunctionType, MemberDescriptorType
 from typing import Any
 
 from capstan.errors import UsageError
@@ -78,7 +78,7 @@ def read_key(key: Callable[[Any], Any] | property | str, *, of: type | None = No
     try:
         term = reader.read(key)
     except Unreadable as reason:
-        return _opaque(key, str(reason))
+        return _opaque(key, str(reason), of)
     if not term.has_input:
         raise UsageError(f"The key {term} is the same for every row; give a function that uses its row.")
     return Key(
@@ -165,9 +165,17 @@ class _Inliner:
         if isinstance(found, FunctionType):
             own = found
             return lambda *given, **named: self.call(own, [of, *given], named)
-        if isinstance(found, classmethod | property):
+        if not _is_field(cls, name):
             raise Unreadable(f"uses {cls.__name__}.{name}, which is not read")
         return None
+
+
+def _is_field(cls: type, name: str) -> bool:
+    """Whether a member lies in the row itself: its class does not know it, or only declares it."""
+    found = inspect.getattr_static(cls, name, None)
+    declared = any(name in vars(base).get("__annotations__", {}) for base in cls.__mro__)
+    is_slot = isinstance(found, MemberDescriptorType) or type(found).__name__ == "_tuplegetter"
+    return found is None or is_slot or (declared and isinstance(found, SCALARS))
 
 
 def _makes_up_members(cls: type) -> bool:
@@ -190,21 +198,30 @@ def _bind(function: FunctionType, given: list[Term], named: dict[str, Term]) -> 
     return terms
 
 
-def _opaque(key: Callable[..., Any], reason: str) -> Key:
+def _opaque(key: Callable[..., Any], reason: str, of: type | None) -> Key:
     function = key.func if isinstance(key, functools.partial) else key
     if not isinstance(function, FunctionType):
         name = f"{type(key).__module__}.{type(key).__qualname__}"
         look = Footprint(
-            opaque=(), unstable=(f"its code is not Python: {name}",), untraceable=(), digest=name
+            opaque=(),
+            unstable=(f"its code is not Python: {name}",),
+            untraceable=(),
+            names=frozenset(),
+            digest=name,
         )
     else:
         look = footprint(function)
     bound = repr((key.args, sorted(key.keywords.items()))) if isinstance(key, functools.partial) else ""
+    unstable = list(look.unstable)
+    if of is not None and of.__module__ != "builtins":
+        # The digest is of the function, not of what the row's class computes for it.
+        unstable += [f"uses {of.__name__}.{each}" for each in sorted(look.names) if not _is_field(of, each)]
+        unstable += [f"{of.__name__} computes its attributes"] if _makes_up_members(of) else []
     return Key(
         identity=Term("opaque", look.digest, (constant(bound),)).identity,
         level="opaque",
         term=None,
-        is_reusable=not look.unstable,
-        reasons=tuple(dict.fromkeys([reason, *look.unstable])),
+        is_reusable=not unstable,
+        reasons=tuple(dict.fromkeys([reason, *unstable])),
         function=key,
     )

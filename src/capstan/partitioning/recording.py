@@ -1,16 +1,18 @@
 """`record`: keep what the jobs of a block, or of a function, did."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar, Token
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from capstan.errors import UsageError
 from capstan.partitioning.history import History, JobRun
 
 _current: ContextVar["record | _Collecting | None"] = ContextVar("recording", default=None)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class record(ContextDecorator):  # noqa: N801 - used as a word: `with record("runs.db"):`, `@record("runs.db")`
@@ -19,13 +21,22 @@ class record(ContextDecorator):  # noqa: N801 - used as a word: `with record("ru
         with record("runs.db"):
             for pair in join(orders, lines, key=..., other=...): ...
 
-    A job is added when it is finished: one that failed, or was not read to its end, is not in the history.
+    A job belongs to the recording in which it was called, and is added when its results are read: one that
+    failed, or was not read to its end, is not in the history.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._history: History | None = None
         self._outer: list[Token[record | _Collecting | None]] = []
+
+    def __call__(self, function: _Function) -> _Function:
+        if inspect.isgeneratorfunction(function):
+            raise UsageError(
+                f"{function.__name__} is a generator: it runs after this recording is closed. "
+                "Return what the job gives instead of yielding it, or record where it is read."
+            )
+        return super().__call__(function)
 
     def __enter__(self) -> Self:
         self._history = self._history or History(self.path, create=True)
@@ -68,8 +79,7 @@ def collect() -> Iterator[list[JobRun]]:
         _current.reset(token)
 
 
-def add_to_recording(run: JobRun) -> None:
-    """Add a run to the innermost `record` that is open; nothing where none is."""
+def recorder() -> Callable[[JobRun], None]:
+    """What adds a run to the innermost `record` that is open now; where none is, what does nothing."""
     recording = _current.get()
-    if recording is not None:
-        recording.add(run)
+    return recording.add if recording is not None else lambda run: None

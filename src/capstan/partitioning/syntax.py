@@ -132,6 +132,12 @@ class _Reader:
             case ast.Tuple(elts=parts) | ast.List(elts=parts):
                 kind = type(node).__name__.lower()
                 return Term(kind, "", tuple(self.value(each, names) for each in parts))
+            case ast.Set(elts=parts):
+                terms = {self.value(each, names) for each in parts}
+                return Term("set", "", tuple(sorted(terms, key=lambda each: each.identity)))
+            case ast.Dict(keys=keys, values=values) if None not in keys:
+                pairs = [each for pair in zip(keys, values, strict=True) for each in pair if each]
+                return Term("dict", "", tuple(self.value(each, names) for each in pairs))
             case ast.JoinedStr(values=parts):
                 return Term("format", "", tuple(self._formatted(each, names) for each in parts))
             case _:
