@@ -107,9 +107,7 @@ def main() -> None:
         if grown > 1024 * len(message) + 65536:
             raise SystemExit(f"{grown} bytes for a message of {len(message)}: {message.hex()}")
         tried += 1
-    print(
-        f"{tried} messages, {read} read, the others refused; at most {worst:.0f} bytes allocated for each byte"
-    )
+    print(f"{tried} messages, {read} read, others refused; at most {worst:.0f} bytes taken a byte")
 
 
 if __name__ == "__main__":

@@ -373,5 +373,14 @@ def test_what_cannot_be_trained_is_refused():
     own = DeviceData(inputs=data[0].inputs, labels=data[0].labels, batch_size=2, bottom=cut.bottom)
     with pytest.raises(UsageError, match="cannot have a bottom"):
         SplitJob(network=cut, devices=[own], settings=Settings(algorithm="fedavg"))
+    narrow = DeviceData(inputs=data[0].inputs[:, :5], labels=data[0].labels, batch_size=2)
+    with pytest.raises(InputError, match="does not go with samples of the shape"):
+        SplitJob(network=cut, devices=[narrow])
+    with pytest.raises(InputError, match="whole numbers"):
+        DeviceData(inputs=data[0].inputs, labels=data[0].labels.float(), batch_size=2)
+    with pytest.raises(UsageError, match="tensors"):
+        DeviceData(inputs=data[0].inputs.numpy(), labels=data[0].labels, batch_size=2)
+    with pytest.raises(InputError, match="at least one sample"):
+        SplitJob(network=cut, devices=data).accuracy(data[0].inputs[:0], data[0].labels[:0])
     with pytest.raises(InputError, match="nothing to train on"):
         SplitJob(network=cut, devices=[])

@@ -162,6 +162,8 @@ class SplitJob:
 
     def accuracy(self, inputs: Tensor, labels: Tensor, device: int | None = None) -> float:
         """The share of samples whose largest output is their label's."""
+        if not len(labels):
+            raise InputError("Accuracy wants at least one sample, found none.")
         return float((self.outputs(inputs, device).argmax(1) == labels).double().mean())
 
     @property
@@ -297,9 +299,15 @@ class SplitJob:
 
     def _width(self, device: Device) -> tuple[int, int]:
         bottom, top = deepcopy(device.parts[0]).eval(), deepcopy(self.top).eval()
-        hidden = bottom(device.data.inputs[:1])
-        is_u_shaped = self.settings.algorithm == "u-shaped"
-        return hidden[0].numel(), top(hidden)[0].numel() if is_u_shaped else 0
+        try:
+            hidden = bottom(device.data.inputs[:1])
+            outcome = top(hidden)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise InputError(
+                f"The network does not go with samples of the shape "
+                f"{tuple(device.data.inputs.shape[1:])} and type {device.data.inputs.dtype}: {error}"
+            ) from error
+        return hidden[0].numel(), outcome[0].numel() if self.settings.algorithm == "u-shaped" else 0
 
 
 def _divide(network: CutNetwork, algorithm: str) -> tuple[nn.ModuleList, nn.Module]:
