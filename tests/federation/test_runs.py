@@ -68,6 +68,13 @@ def test_a_run_shows_plan_epochs_and_comparison(run):
     assert "devices->server" in ran.stdout
 
 
+def test_an_epoch_without_any_iteration_has_no_loss(run):
+    training = {"loss_rate": 0.99, "quorum": 1.0, "epochs": 1}
+    ran = run(changed(training=training), "--json")
+    assert told(ran)["epochs"][0]["loss"] is None
+    assert "every iteration was skipped" in ran.stderr
+
+
 def test_explain_trains_nothing(run):
     ran = run(JOB, "--explain")
     assert "epoch" not in ran.stderr
@@ -156,6 +163,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(run, tmp_path):
         (changed(model={"layers": [{"linear": 3}, "relu"], "cut": 1}), "settings by name"),
         (changed(model={"layers": ["relu", {"linear": {"out": 3}}], "cut": 1}), "4 classes"),
         (changed(devices={"count": 1000}), "do not give"),
+        (changed(training={"average_every": 0}), "training.average_every"),
+        (changed(data={"test_fraction": 0.001}), "none to test with"),
+        (changed(training={"algorithm": "split"}, devices={"batch": 1}), "Take larger batches"),
         (changed(training={"algorithm": "u-shaped"}), "ends on the devices"),
         (changed(training={"algorithm": "split", "quorum": 0.5}), "Quorum"),
     ],

@@ -343,8 +343,12 @@ def test_it_learns_and_is_judged_as_it_was_trained():
     )
     losses = [job.run_epoch().loss for _ in range(8)]
     assert losses[-1] < losses[0]
-    (test,) = devices((60,), (1,), seed=9)
+    (test,) = devices((300,), (1,), seed=9)
+    # Three classes; guessing gives a third.
     assert job.accuracy(test.inputs, test.labels) > 0.5
+    pieces = torch.cat([job.outputs(each) for each in test.inputs.split(50)])
+    # float32 sums of a dozen values of about 1; the scale of half precision is that of each piece.
+    torch.testing.assert_close(job.outputs(test.inputs), pieces, rtol=0, atol=1e-2)
 
 
 def test_what_cannot_be_trained_is_refused():
@@ -369,5 +373,14 @@ def test_what_cannot_be_trained_is_refused():
     own = DeviceData(inputs=data[0].inputs, labels=data[0].labels, batch_size=2, bottom=cut.bottom)
     with pytest.raises(UsageError, match="cannot have a bottom"):
         SplitJob(network=cut, devices=[own], settings=Settings(algorithm="fedavg"))
+    narrow = DeviceData(inputs=data[0].inputs[:, :5], labels=data[0].labels, batch_size=2)
+    with pytest.raises(InputError, match="does not go with samples of the shape"):
+        SplitJob(network=cut, devices=[narrow])
+    with pytest.raises(InputError, match="whole numbers"):
+        DeviceData(inputs=data[0].inputs, labels=data[0].labels.float(), batch_size=2)
+    with pytest.raises(UsageError, match="tensors"):
+        DeviceData(inputs=data[0].inputs.numpy(), labels=data[0].labels, batch_size=2)
+    with pytest.raises(InputError, match="at least one sample"):
+        SplitJob(network=cut, devices=data).accuracy(data[0].inputs[:0], data[0].labels[:0])
     with pytest.raises(InputError, match="nothing to train on"):
         SplitJob(network=cut, devices=[])

@@ -142,7 +142,8 @@ def run(
 
 
 def _tell_epoch(counts: "EpochCounts", accuracy: float) -> None:
-    typer.echo(f"epoch {counts.epoch + 1}: loss {counts.loss:.4f}, accuracy {accuracy:.4f}", err=True)
+    loss = "none, every iteration was skipped" if counts.loss is None else f"{counts.loss:.4f}"
+    typer.echo(f"epoch {counts.epoch + 1}: loss {loss}, accuracy {accuracy:.4f}", err=True)
 
 
 def _whole(option: str, number: float) -> int:

@@ -151,7 +151,7 @@ class TrainingConfig(_Strict):
     epochs: Whole = Field(default=5, ge=1)
     learning_rate: Number = 0.05
     momentum: Number = 0.9
-    average_every: Whole | Literal["epoch"] = 1
+    average_every: Annotated[Whole, Field(ge=1)] | Literal["epoch"] = 1
     fraction_train: Number = 1.0
     quorum: Number = 1.0
     loss_rate: Number = 0.0

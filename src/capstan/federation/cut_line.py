@@ -92,8 +92,10 @@ def masked(wire: Wire, values: Tensor) -> Tensor:
         sparsifier = TopK(keep=sparsifier.keep)
     array = values.detach().cpu().numpy().reshape(-1)
     if sparsifier is not None:
-        chosen = sparsifier.choose(values.detach().cpu().numpy(), np.random.default_rng(0))
-        array = np.where(np.isin(np.arange(len(array)), chosen, assume_unique=True), array, np.float32(0))
+        chosen = sparsifier.choose(array.reshape(values.shape), np.random.default_rng(0))
+        kept = np.zeros_like(array)
+        kept[chosen] = array[chosen]
+        array = kept
     rounded = read_values(wire.value_type, *write_values(wire.value_type, array))
     return torch.from_numpy(rounded.reshape(values.shape)).to(values)
 

@@ -1,6 +1,5 @@
 """A network cut between devices and a server, trained in one process: what crosses is written and read."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -29,6 +28,7 @@ from capstan.federation.traffic import DOWN, UP, DeviceLink
 from capstan.federation.wire import Wire
 from capstan.transport.ledger import Ledger
 
+_JUDGED_AT_ONCE = 256
 _FRESH_OPTIMISERS = ("fedavg", "split", "splitfed-v1", "splitfed-v2")
 
 
@@ -37,7 +37,7 @@ class EpochCounts:
     """What an epoch came to."""
 
     epoch: int
-    loss: float = 0.0
+    loss: float | None = 0.0  # the mean over samples; None where there were none
     samples: int = 0
     iterations: int = 0
     lost_batches: int = 0
@@ -98,7 +98,7 @@ class SplitJob:
     def run_epoch(self, on_iteration: Callable[[Iteration], None] | None = None) -> EpochCounts:
         """Train for one epoch: every sample of the devices that take part once."""
         started = time.perf_counter()
-        counts = EpochCounts(epoch=self.epoch)
+        counts, loss_sum = EpochCounts(epoch=self.epoch), 0.0
         iterations = epoch_iterations(
             self.sizes.num_samples, self.sizes.batch_sizes, self.settings, self.epoch
         )
@@ -106,44 +106,64 @@ class SplitJob:
             torch.manual_seed(self.settings.seed * 1_000_003 + self.epoch)
             self._begin_epoch()
             for number, iteration in enumerate(iterations):
-                self._iterate(iteration, number, counts)
-                if iteration.averaged:
-                    self._average(iteration.averaged)
+                loss_sum += self.train_iteration(iteration, number, counts)
                 if on_iteration is not None:
                     on_iteration(iteration)
             self._end_epoch()
         self.epoch += 1
-        counts.loss = counts.loss / counts.samples if counts.samples else math.nan
+        counts.loss = loss_sum / counts.samples if counts.samples else None
         counts.seconds = time.perf_counter() - started
         return counts
 
+    def train_iteration(self, iteration: Iteration, number: int, counts: EpochCounts) -> float:
+        """Train on the batches of the epoch's iteration `number`, average who is due, add to `counts`.
+
+        Gives the sum of the losses of the samples that arrived.
+        """
+        try:
+            loss_sum = self._iterate(iteration, number, counts)
+        except ValueError as error:  # such as batch normalisation's, of a single value
+            sizes = ", ".join(str(len(batch.rows)) for batch in iteration.batches)
+            raise InputError(
+                f"The network cannot be trained on batches of {sizes} samples: {error}. Take larger batches, "
+                "or layers that do not normalise over a batch."
+            ) from error
+        if iteration.averaged:
+            self._average(iteration.averaged)
+        return loss_sum
+
     @torch.no_grad()
     def outputs(self, inputs: Tensor, device: int | None = None) -> Tensor:
-        """The network's outputs with what is sent masked and rounded as in training.
+        """The network's outputs with what is sent masked and rounded as in training, 256 samples at a time.
 
         `device` names one with a bottom of its own; else it is the average of those that share theirs.
         """
-        parts = self._shared_parts if device is None else self.devices[device].parts
         if device is None and not any(each.is_shared for each in self.devices):
             raise UsageError("Every device has a bottom of its own: say which device's is meant.")
+        parts = self._shared_parts if device is None else self.devices[device].parts
         for part in (*parts, self.top):
             part.eval()
         try:
-            hidden = parts[0](inputs)
-            if self.settings.algorithm == "fedavg":
-                for part in parts[1:]:
-                    hidden = part(hidden)
-                return self.top(hidden)  # type: ignore[no-any-return]
-            hidden = self.top(masked(self.wire, hidden.flatten(1)).view_as(hidden))
-            if self.settings.algorithm == "u-shaped":
-                hidden = parts[1](masked(self.wire, hidden.flatten(1)).view_as(hidden))
-            return hidden  # type: ignore[no-any-return]
+            return torch.cat([self._judge(parts, piece) for piece in inputs.split(_JUDGED_AT_ONCE)])
         finally:
             for part in (*parts, self.top):
                 part.train()
 
+    def _judge(self, parts: nn.ModuleList, inputs: Tensor) -> Tensor:
+        hidden: Tensor = parts[0](inputs)
+        if self.settings.algorithm == "fedavg":
+            for part in parts[1:]:
+                hidden = part(hidden)
+            return hidden
+        hidden = self.top(masked(self.wire, hidden.flatten(1)).view_as(hidden))
+        if self.settings.algorithm == "u-shaped":
+            hidden = parts[1](masked(self.wire, hidden.flatten(1)).view_as(hidden))
+        return hidden
+
     def accuracy(self, inputs: Tensor, labels: Tensor, device: int | None = None) -> float:
         """The share of samples whose largest output is their label's."""
+        if not len(labels):
+            raise InputError("Accuracy wants at least one sample, found none.")
         return float((self.outputs(inputs, device).argmax(1) == labels).double().mean())
 
     @property
@@ -177,7 +197,7 @@ class SplitJob:
             set_flat_state(self.top, mean)
             self._tops = {}
 
-    def _iterate(self, iteration: Iteration, number: int, counts: EpochCounts) -> None:
+    def _iterate(self, iteration: Iteration, number: int, counts: EpochCounts) -> float:
         counts.iterations += 1
         arrived = [
             batch
@@ -195,15 +215,15 @@ class SplitJob:
             passes = [self._forward(batch, number) for batch in arrived]
             if not passes or len(passes) < self.settings.quorum * len(iteration.batches) - 1e-9:
                 counts.skipped_iterations += 1
-                return
+                return 0.0
             top, optimiser = self._top_of(arrived[0].device)
             step = u_shaped_step if self.settings.algorithm == "u-shaped" else server_step
             loss = step(passes, top, optimiser, self.loss, number)
         samples = sum(len(batch.rows) for batch in arrived)
         for batch in arrived:
             self.devices[batch.device].samples_since_average += len(batch.rows)
-        counts.loss += loss * samples
         counts.samples += samples
+        return loss * samples
 
     def _top_of(self, device: int) -> tuple[nn.Module, torch.optim.Optimizer | None]:
         if self.settings.algorithm != "splitfed-v1":
@@ -279,9 +299,15 @@ class SplitJob:
 
     def _width(self, device: Device) -> tuple[int, int]:
         bottom, top = deepcopy(device.parts[0]).eval(), deepcopy(self.top).eval()
-        hidden = bottom(device.data.inputs[:1])
-        is_u_shaped = self.settings.algorithm == "u-shaped"
-        return hidden[0].numel(), top(hidden)[0].numel() if is_u_shaped else 0
+        try:
+            hidden = bottom(device.data.inputs[:1])
+            outcome = top(hidden)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise InputError(
+                f"The network does not go with samples of the shape "
+                f"{tuple(device.data.inputs.shape[1:])} and type {device.data.inputs.dtype}: {error}"
+            ) from error
+        return hidden[0].numel(), outcome[0].numel() if self.settings.algorithm == "u-shaped" else 0
 
 
 def _divide(network: CutNetwork, algorithm: str) -> tuple[nn.ModuleList, nn.Module]:

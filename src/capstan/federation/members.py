@@ -25,8 +25,14 @@ class DeviceData:
     bottom: nn.Module | None = None
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.inputs, Tensor) and isinstance(self.labels, Tensor)):
+            raise UsageError("A device's inputs and labels are tensors: use torch.from_numpy for arrays.")
         if len(self.inputs) != len(self.labels):
             raise InputError(f"{len(self.inputs)} inputs have {len(self.labels)} labels: one each is wanted.")
+        if self.labels.is_floating_point():
+            raise InputError(
+                f"Labels are whole numbers from 0, found {self.labels.dtype}. Convert them first."
+            )
         if self.batch_size < 1:
             raise UsageError(f"A batch has at least one sample, found {self.batch_size}.")
 
@@ -96,7 +102,7 @@ class Device:
 
     def batch(self, rows: "Tensor") -> tuple[Tensor, Tensor]:
         """Inputs and labels of some of its samples."""
-        return self.data.inputs[rows], self.data.labels[rows]
+        return self.data.inputs[rows], self.data.labels[rows].long()
 
 
 def sgd(modules: Iterable[nn.Module], learning_rate: float, momentum: float) -> torch.optim.Optimizer | None:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from capstan.errors import DoesNotFit
+from capstan.errors import InputError
 from capstan.federation.checkpoint import load_checkpoint, save_checkpoint
 from capstan.federation.config import JobConfig
 from capstan.federation.data_files import Samples, generate_samples, read_samples, split_off_test
@@ -20,6 +19,7 @@ from capstan.federation.layers import build_layers
 from capstan.federation.members import CutNetwork, DeviceData
 from capstan.federation.partition import partition
 from capstan.federation.planner import Forecast
+from capstan.federation.schedule import epoch_iterations
 from capstan.federation.traffic import DOWN, UP
 from capstan.plans import Alternative, Choice, Phase, Plan, Trace, bytes_text, seconds_text
 
@@ -129,14 +129,14 @@ def _samples(config: JobConfig) -> tuple[Samples, Samples]:
     scaled = Samples((found.inputs * data.scale).astype(np.float32), found.labels)
     train, test = split_off_test(scaled, data.test_fraction, config.training.seed)
     if not len(test.labels) or not len(train.labels):
-        raise DoesNotFit(f"{len(found.labels)} samples leave none to train on or none to test with.")
+        raise InputError(f"{len(found.labels)} samples leave none to train on or none to test with.")
     return train, test
 
 
 def _network(config: JobConfig, sample_shape: tuple[int, ...], num_classes: int) -> CutNetwork:
     layers, shapes = build_layers(config.model.layers, sample_shape, seed=config.training.seed)
     if shapes[-1] != (num_classes,):
-        raise DoesNotFit(
+        raise InputError(
             f"The last layer gives {shapes[-1]} a sample, the data have {num_classes} classes: make them "
             "the same."
         )
@@ -154,7 +154,7 @@ def _plan(config: JobConfig, job: SplitJob) -> Plan:
     epochs = max(0, config.training.epochs - job.epoch)
     link = config.link.link()
     found = job.forecast(epochs, link)
-    compute_s = _sample_s(job) * found.samples if epochs else 0.0
+    compute_s = _iteration_s(job) * found.iterations if epochs else 0.0
     return Plan(
         system="federation",
         title=f"{config.training.algorithm} on {len(job.devices)} devices, {epochs} epochs",
@@ -222,19 +222,16 @@ def _fedavg(
     )
 
 
-def _sample_s(job: SplitJob) -> float:
-    """Seconds of a forward and backward pass a sample, tried on copies; the second try counts."""
-    device = max(job.devices, key=lambda each: len(each.data.labels))
-    network = deepcopy(nn.Sequential(*device.parts, job.top))
-    if job.settings.algorithm == "u-shaped":
-        network = deepcopy(nn.Sequential(device.parts[0], job.top, device.parts[1]))
-    rows = torch.arange(min(len(device.data.labels), device.data.batch_size))
-    inputs, labels = device.batch(rows)
+def _iteration_s(job: SplitJob) -> float:
+    """Seconds of the first iteration, tried on a job of its own; the second try counts."""
+    data = [device.data for device in job.devices]
+    trial = SplitJob(network=job.network, devices=data, wire=job.wire, settings=job.settings, loss=job.loss)
+    sizes = trial.sizes
+    first = next(epoch_iterations(sizes.num_samples, sizes.batch_sizes, job.settings, 0))
     seconds = 0.0
     with torch.random.fork_rng(devices=[]):
-        network.eval()  # one sample is no batch to normalise
         for _ in range(2):
             started = time.perf_counter()
-            job.loss(network(inputs), labels).backward()
+            trial.train_iteration(first, 0, EpochCounts(epoch=0))
             seconds = time.perf_counter() - started
-    return seconds / len(rows)
+    return seconds
