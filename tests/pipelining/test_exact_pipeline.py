@@ -18,6 +18,7 @@ def alone():
     return cases.alone
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_fifty_steps_are_those_of_one_process(in_world, alone, schedule, size):
