@@ -2,7 +2,7 @@
 
 Imported when a pipeline is built and not with the room: what it stands on takes longer to import than torch.
 
-What is overridden is what the schedules call; of these torch 2.11 to 2.13 agree.
+What is overridden is what the schedules call, of torch 2.13 (tests notice where another version differs).
 """
 
 import time
