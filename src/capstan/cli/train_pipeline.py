@@ -145,7 +145,10 @@ def _run(settings: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
         command += [f"--nproc-per-node={settings['stages']}", "-m", "capstan.pipelining.training"]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
         done = subprocess.run(
-            [*command, json.dumps(told)], env=environment, stdout=sys.stderr.fileno(), check=False
+            [*command, json.dumps(told)],
+            env=environment,
+            stdout=2,
+            check=False,  # what ranks say goes to standard error
         )
         if done.returncode != 0:
             raise typer.Exit(done.returncode)

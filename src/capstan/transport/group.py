@@ -94,6 +94,7 @@ class Group:
             return dist.new_group(members, backend=backend, timeout=patience, use_local_synchronization=True)
 
         self._host = own("gloo")
+        self._given_up: set[int] = set()  # ranks for which a wait has expired
         self.liveness = Liveness(self._host.get_group_store(), self.rank)
         self._device = own("nccl") if device_type == "cuda" else None
 
@@ -236,10 +237,14 @@ class Group:
 
     def _loss(self, peer: int, *, has_expired: bool) -> Loss:
         """Who is to blame, which is not always the rank that was waited for."""
+        if has_expired:
+            self._given_up.add(peer)
         own = Loss("silent" if has_expired else "gone", [peer], self.rank)
         try:
             stopped = self.liveness.stopped(self.others)
-            if has_expired:
+            if peer in self._given_up:
+                # Gloo closes a connection when one wait for it expires, under all others that wait for it.
+                own = own._replace(kind="silent")
                 return self.liveness.agree(own._replace(ranks=stopped or [self.liveness.end_of_chain(peer)]))
             if peer in stopped:
                 return self.liveness.agree(own._replace(ranks=stopped))
