@@ -394,6 +394,12 @@ def other_world(rank: int, size: int, folder: str) -> str:
             return f"{type(error).__name__}: {error}"
 
 
+def with_closure(model: nn.Module) -> None:
+    optimizer = QAdam(model.parameters())
+    with wrap(model, optimizer, "qadam", patience_s=20):
+        optimizer.step(lambda: model(torch.ones(1, 4)).sum())
+
+
 def refused(rank: int, size: int, arguments: Any) -> list[str]:
     """What wrap says to what cannot be trained together; nothing is sent."""
     model, said = nn.Linear(4, 1), []
@@ -416,6 +422,7 @@ def refused(rank: int, size: int, arguments: Any) -> list[str]:
         lambda: wrap(model, optimizer, ByteGrad, bucket_bytes=0),
         lambda: wrap(model, optimizer, ByteGrad, patience_s=0),
         lambda: Decentralised(every=1.5),
+        lambda: with_closure(model),
         lambda: wrap(model, optimizer, OneBit(route="machines", machines=[[0]]), patience_s=20),
     ):
         try:

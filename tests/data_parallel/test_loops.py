@@ -116,6 +116,7 @@ def test_what_cannot_be_trained_together_is_refused_by_name(in_world):
         "bucket_bytes=0",
         "patience_s=0",
         "a whole number of steps apart",
+        "step() without a closure",
         "lists each of the ranks 0 to 1 once, found [[0]]",
     )
     for said in in_world(FILE, "refused", 2):

@@ -186,8 +186,8 @@ def test_files_that_are_not_there_are_named(run, tmp_path):
 
 
 def test_the_same_samples_come_from_every_kind_of_file(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
+    from pyarrow import parquet
 
     samples = generate_samples(30, 3, 3, 0.1, 0)
     named = np.array(["ant", "bee", "cat"])[samples.labels]

@@ -58,6 +58,7 @@ class QAdam(torch.optim.Adam):
         for group in self.param_groups:
             group.setdefault("num_steps", 0)  # kept where state_dict saves it
         self.updates: dict[Parameter, Tensor] = {}  # averaged, for the step that comes
+        self.is_shared = False  # whether ranks exchange its updates
 
     @property
     def num_steps(self) -> int:
@@ -71,7 +72,16 @@ class QAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step; `closure` as in torch."""
+        """One step; `closure` as in torch, unless ranks exchange updates.
+
+        Raises:
+            UsageError: a closure, whose gradients would come after the updates were exchanged.
+        """
+        if closure is not None and self.is_shared:
+            raise UsageError(
+                "qadam exchanges updates when the step begins, before a closure has made gradients. Call "
+                "backward() first, then step() without a closure."
+            )
         if self.is_frozen:
             loss = None
             if closure is not None:
@@ -167,6 +177,7 @@ class QAdamMomenta(Centralised):
                 "Make that the optimizer, or take onebit, which works with any."
             )
         self._optimizer = replica.optimizer
+        self._optimizer.is_shared = True
 
     @property
     def holds_gradients(self) -> bool:
