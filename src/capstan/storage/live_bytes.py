@@ -45,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    """The tensors among what an operation takes or gives: its schema nests nothing but lists, tuples and names.
+    """The tensors among what an operation takes or gives: schemas nest nothing but lists and tuples.
 
     torch's own tree of leaves does the same at several times the price, once an operation.
     """
