@@ -17,7 +17,7 @@ from capstan.generation.planning.batching import Length
 from capstan.generation.runtime import kv_cache, outcomes
 from capstan.generation.runtime.kv_cache import KeyValueCache
 from capstan.generation.runtime.measured import Progress
-from capstan.generation.skeleton import Skeleton
+from capstan.models.meta_model import Skeleton
 from capstan.storage import Checkpoint, DiskSlab
 
 CACHE_ON_DISK = ["weights=device cache=disk attention=device"]

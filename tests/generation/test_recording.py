@@ -11,7 +11,7 @@ import torch
 
 from capstan.generation import Engine, Request
 from capstan.generation.runtime.recording import Recording, Standing
-from capstan.generation.skeleton import LayerCall, Skeleton
+from capstan.models.meta_model import LayerCall, Skeleton
 
 PLACES = {
     "resting-on-device": "weights=device cache=device",

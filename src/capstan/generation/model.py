@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from capstan.errors import InputError, UnsupportedModel
-from capstan.generation.anatomy import Anatomy
-from capstan.generation.attention.row_format import RowFormat
-from capstan.generation.checkpoint_map import Sources, map_checkpoint
-from capstan.generation.inventory import Inventory, cache_codec, take_inventory
+from capstan.generation.attention.row_format import RowFormat, cache_codec
 from capstan.generation.planning.stage import Stage
-from capstan.generation.skeleton import Skeleton, open_skeleton
+from capstan.models.checkpoint_map import Sources, map_checkpoint
+from capstan.models.layer_profile import Anatomy
+from capstan.models.meta_model import Skeleton, open_skeleton
+from capstan.models.weight_manifest import Inventory, take_inventory
 from capstan.storage import Checkpoint
 
 logger = logging.getLogger(__name__)

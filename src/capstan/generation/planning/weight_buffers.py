@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from capstan.generation.inventory import Inventory, StoredTensor
 from capstan.generation.planning.placement import Tier
+from capstan.models.weight_manifest import Inventory, StoredTensor
 from capstan.storage.slab import aligned
 
 # Units that are read from disk ahead of the one that crosses to the device.

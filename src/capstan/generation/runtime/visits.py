@@ -15,14 +15,14 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
-from capstan.generation.anatomy import Anatomy
 from capstan.generation.attention.decoding import Decoding
 from capstan.generation.attention.packed import prefill_attention
 from capstan.generation.planning.batching import BatchWork, Chunk
 from capstan.generation.runtime.activations import Activations
 from capstan.generation.runtime.kv_cache import KeyValueCache
 from capstan.generation.runtime.recording import TAPES, Cut, NewTape, Recording, Standing
-from capstan.generation.skeleton import LayerCall, Skeleton
+from capstan.models.layer_profile import Anatomy
+from capstan.models.meta_model import LayerCall, Skeleton
 from capstan.transport import Clock
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from capstan.errors import CapstanError, UnsupportedModel
-from capstan.generation.attention.masks import MaskReader, geometry_by_mask, require_windows_of_cache
-from capstan.generation.attention.packed import AttentionGeometry, geometry_of
-from capstan.generation.skeleton import FrontOutput, LayerCall, Skeleton
-from capstan.generation.token_watch import TokenWatch
+from capstan.models.attention_geometry import AttentionGeometry, geometry_of
+from capstan.models.masks import MaskReader, geometry_by_mask, require_windows_of_cache
+from capstan.models.meta_model import FrontOutput, LayerCall, Skeleton
+from capstan.models.token_watch import TokenWatch
 from capstan.storage.live_bytes import LiveBytes
 
 # Token counts for which intermediate values are measured, large enough that constant parts do not show.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from capstan.errors import InputError, UnsupportedModel
-from capstan.generation.skeleton import Skeleton, TensorSpec
+from capstan.models.meta_model import Skeleton, TensorSpec
 from capstan.storage import Checkpoint, TensorRange
 
 _STACK = "MergeModulelist"

@@ -3,15 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import gcd
 
 import torch
 
 from capstan.codecs import Cast, Codec, GroupQuantised, Identity
 from capstan.errors import UsageError
-from capstan.generation.attention.packed import AttentionGeometry
-from capstan.generation.checkpoint_map import Sources
-from capstan.generation.skeleton import Skeleton, TensorSpec
+from capstan.models.checkpoint_map import Sources
+from capstan.models.meta_model import Skeleton, TensorSpec
 from capstan.storage import Checkpoint
 
 GROUP_SIZE = 64
@@ -164,26 +162,3 @@ def _codec(spec: TensorSpec, dtype: torch.dtype, bits: int | None, in_layer: boo
     if bits in (4, 8) and in_layer and is_matrix:
         return GroupQuantised(num_bits=bits, group_size=GROUP_SIZE, scale_dtype=torch.float16)
     return Cast(dtype=torch.float16) if dtype.itemsize > 2 and len(spec.shape) >= 2 else Identity()
-
-
-def cache_codec(
-    cache_bits: int | None,
-    geometry: AttentionGeometry,
-    *,
-    checkpoint_dtype: torch.dtype,
-    compute_dtype: torch.dtype,
-) -> Codec:
-    """The codec of one layer's keys and values.
-
-    None keeps them in the checkpoint's dtype, which is exact when the model computes in it. Groups lie
-    within a head: their size is the largest divisor of the heads' size up to 64, so none is padded.
-    """
-    if cache_bits is not None and cache_bits not in _BITS:
-        raise UsageError(f"The cache is stored in {', '.join(map(str, _BITS))} bits, not in {cache_bits}.")
-    if cache_bits in (4, 8):
-        common = gcd(geometry.key_size, geometry.value_size)
-        size = max(divisor for divisor in range(1, GROUP_SIZE + 1) if common % divisor == 0)
-        return GroupQuantised(num_bits=cache_bits, group_size=size, scale_dtype=torch.float16)
-    narrow = torch.float16 if compute_dtype.itemsize > 2 else compute_dtype
-    wanted = checkpoint_dtype if cache_bits is None or checkpoint_dtype.itemsize == 2 else narrow
-    return Identity() if wanted == compute_dtype else Cast(dtype=wanted)

@@ -10,7 +10,7 @@ so that the model's own forward can be run in three pieces, each unmodified:
 
 Sequences are *packed*: a batch is one row `[1, tokens, hidden]` that holds the tokens of many sequences one
 after the other, with their positions. All of a decoder but attention works token by token, so nothing is
-padded; attention is ours (`attention.py`) and knows where each sequence lies.
+padded; attention is the caller's (`attend_with`), who knows where each sequence lies.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from capstan.errors import InputError, UnsupportedModel
-from capstan.generation.attention.packed import attend_through_module
-from capstan.generation.on_meta import parameters_on_meta
+from capstan.models.attention_geometry import attend_through_module
+from capstan.models.on_meta import parameters_on_meta
 
 ATTENTION_NAME = "capstan"
 _READING_NAME = "capstan masks"  # while masks are read
