@@ -12,9 +12,9 @@ from capstan.errors import InputError, UnsupportedModel
 from capstan.generation.attention.row_format import RowFormat, cache_codec
 from capstan.generation.planning.stage import Stage
 from capstan.models.checkpoint_map import Sources, map_checkpoint
-from capstan.models.layer_profile import Anatomy
-from capstan.models.meta_model import Skeleton, open_skeleton
-from capstan.models.weight_manifest import Inventory, take_inventory
+from capstan.models.layer_profile import ModelProfile
+from capstan.models.meta_model import MetaModel, open_meta_model
+from capstan.models.weight_manifest import WeightManifest, list_weights
 from capstan.storage import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -25,11 +25,11 @@ class Model:
     """A model folder, opened: everything that can be known before a weight is read."""
 
     folder: Path
-    skeleton: Skeleton
-    anatomy: Anatomy
+    skeleton: MetaModel
+    anatomy: ModelProfile
     checkpoint: Checkpoint
     sources: Sources
-    inventory: Inventory
+    inventory: WeightManifest
     formats: tuple[RowFormat, ...]
     tokenizer: Any
     stop_tokens: frozenset[int]
@@ -55,7 +55,7 @@ class Model:
         return replace(
             self,
             skeleton=skeleton,
-            anatomy=Anatomy(skeleton),
+            anatomy=ModelProfile(skeleton),
             inventory=self.inventory.part(stage.first, stage.end),
             formats=self.formats[stage.first : stage.end],
             stage=stage,
@@ -80,18 +80,16 @@ def open_model(
         checkpoint: where weights come from, if not from the folder.
 
     Raises:
-        InputError, UnsupportedModel, UsageError: see `open_skeleton`, `Checkpoint`, `map_checkpoint`.
+        InputError, UnsupportedModel, UsageError: see `open_meta_model`, `Checkpoint`, `map_checkpoint`.
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}. Name a folder with a model in Hugging Face format.")
     _refuse_quantised(folder)
     checkpoint = checkpoint or Checkpoint(folder)
-    skeleton = open_skeleton(folder, dtype or dominant_dtype(checkpoint))
+    skeleton = open_meta_model(folder, dtype or dominant_dtype(checkpoint))
     sources = map_checkpoint(skeleton, checkpoint)
-    inventory = take_inventory(
-        skeleton, checkpoint, sources, weight_bits=weight_bits, device_type=device_type
-    )
-    anatomy = Anatomy(skeleton)
+    inventory = list_weights(skeleton, checkpoint, sources, weight_bits=weight_bits, device_type=device_type)
+    anatomy = ModelProfile(skeleton)
     formats = tuple(
         RowFormat(
             geometry=layer.geometry,

@@ -2,17 +2,17 @@
 
 from capstan.models.attention_geometry import AttentionGeometry
 from capstan.models.checkpoint_map import map_checkpoint
-from capstan.models.layer_profile import Anatomy, LayerAnatomy
-from capstan.models.meta_model import Skeleton, open_skeleton
-from capstan.models.weight_manifest import Inventory, take_inventory
+from capstan.models.layer_profile import LayerProfile, ModelProfile
+from capstan.models.meta_model import MetaModel, open_meta_model
+from capstan.models.weight_manifest import WeightManifest, list_weights
 
 __all__ = [
-    "Anatomy",
     "AttentionGeometry",
-    "Inventory",
-    "LayerAnatomy",
-    "Skeleton",
+    "LayerProfile",
+    "MetaModel",
+    "ModelProfile",
+    "WeightManifest",
+    "list_weights",
     "map_checkpoint",
-    "open_skeleton",
-    "take_inventory",
+    "open_meta_model",
 ]

@@ -85,7 +85,7 @@ class TensorSpec:
         return torch.Size(self.shape).numel()
 
 
-class _Socket(NamedTuple):
+class ParameterSlot(NamedTuple):
     """Where a layer looks a weight up: `holder[key]` of one of its modules."""
 
     name: str
@@ -93,7 +93,7 @@ class _Socket(NamedTuple):
     key: str
 
 
-class Skeleton:
+class MetaModel:
     """A decoder-only model in pieces.
 
     `table` is the input embedding, `head` the output matrix (the same tensor where they are tied),
@@ -113,11 +113,11 @@ class Skeleton:
         path, layers = _decoder_layers(model, config)
         self.layers: list[nn.Module] = list(layers)
         self._layer_prefixes = [f"{path}.{index}." for index in range(len(self.layers))]
-        self._sockets = [
-            list(_sockets(layer, prefix))
+        self._slots = [
+            list(_slots(layer, prefix))
             for layer, prefix in zip(self.layers, self._layer_prefixes, strict=True)
         ]
-        self._blanks = {name: holder[key] for sockets in self._sockets for name, holder, key in sockets}
+        self._blanks = {name: holder[key] for slots in self._slots for name, holder, key in slots}
         self._order = _Order()
         model.get_submodule(path.rpartition(".")[0]).add_module(
             path.rpartition(".")[2], nn.ModuleList(_Tap(self._order) for _ in self.layers)
@@ -152,7 +152,7 @@ class Skeleton:
         """The dtype of hidden states."""
         return self.state[self.table].dtype
 
-    def part(self, first: int, end: int) -> "Skeleton":
+    def part(self, first: int, end: int) -> "MetaModel":
         """The same model with its layers from `first` up to, not including, `end` only. The two share their
         modules: only one of them can compute."""
         _ = self.rest  # found out while all layers are known
@@ -160,7 +160,7 @@ class Skeleton:
         part._run = slice(first, end)
         part.layers = self.layers[first:end]
         part._layer_prefixes = self._layer_prefixes[first:end]
-        part._sockets = self._sockets[first:end]
+        part._slots = self._slots[first:end]
         part._attend = None
         return part
 
@@ -238,12 +238,12 @@ class Skeleton:
 
     def equip(self, index: int, weights: Weights) -> None:
         """Give layer `index` its weights, until `strip`."""
-        for name, holder, key in self._sockets[index]:
+        for name, holder, key in self._slots[index]:
             holder[key] = weights[name]
 
     def strip(self, index: int) -> None:
         """Take the weights away again: their memory has other uses."""
-        for name, holder, key in self._sockets[index]:
+        for name, holder, key in self._slots[index]:
             holder[key] = self._blanks[name]
 
     def layer(self, index: int, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -310,8 +310,8 @@ class Skeleton:
             self._order.calls, self._order.returns = None, None
 
 
-def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
-    """Build the skeleton of the model in `folder` (Hugging Face format).
+def open_meta_model(folder: Path, dtype: torch.dtype | None) -> MetaModel:
+    """Build the meta model of the model in `folder` (Hugging Face format).
 
     Args:
         dtype: what the model computes in; None keeps the checkpoint's own.
@@ -351,7 +351,7 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
     model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
     model.eval()
     model.requires_grad_(False)
-    return Skeleton(model, config)
+    return MetaModel(model, config)
 
 
 def _read_config(folder: Path) -> Any:
@@ -373,14 +373,14 @@ def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
     raise UnsupportedModel(f"{type(model).__name__} has no list of {wanted} decoder layers to place.")
 
 
-def _sockets(layer: nn.Module, prefix: str) -> Iterator[_Socket]:
+def _slots(layer: nn.Module, prefix: str) -> Iterator[ParameterSlot]:
     wanted = set(layer.state_dict())
     for path, module in layer.named_modules():
         for holder in (module._parameters, module._buffers):
             for key in holder:
                 name = f"{path}.{key}" if path else key
                 if name in wanted:
-                    yield _Socket(prefix + name, holder, key)
+                    yield ParameterSlot(prefix + name, holder, key)
 
 
 def _name_of(model: Any, module: nn.Module | None, role: str) -> str:
