@@ -149,7 +149,7 @@ class ModelProfile:
             geometry = geometry_by_mask(geometry, rule, meta.max_positions, name)
         return LayerProfile(
             geometry=geometry,
-            flops_per_token=_flops_per_token(meta, index),
+            flops_per_token=flops_per_token(meta, index),
         )
 
     def workspace_bytes(self, num_tokens: int) -> int:
@@ -263,8 +263,9 @@ def _kind(meta: MetaModel, index: int) -> tuple[Any, ...]:
     return (type(meta.layers[index]), shapes)
 
 
-def _flops_per_token(meta: MetaModel, index: int) -> float:
-    """Two operations for each weight of a matrix; of a stack of experts, only those that a token visits."""
+def flops_per_token(meta: MetaModel, index: int) -> float:
+    """Arithmetic of a layer apart from attention: two operations for each weight of a matrix; of a stack of
+    experts, only those that a token visits."""
     config = meta.config.get_text_config()
     visited = getattr(config, "num_experts_per_tok", None) or 1
     flops = 0.0

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from capstan.errors import InputError, UnsupportedModel
+from capstan.errors import UnsupportedModel
 from capstan.models.attention_geometry import attend_through_module
-from capstan.models.on_meta import parameters_on_meta
+from capstan.models.on_meta import build_on_meta
 
 ATTENTION_NAME = "capstan"
 _READING_NAME = "capstan masks"  # while masks are read
@@ -54,7 +54,6 @@ class _Order:
 
     calls: list[tuple[Tensor, LayerCall]] | None = None
     returns: Tensor | None = None
-    num_extra_outputs: int = 0
 
 
 class _Tap(nn.Module):
@@ -68,8 +67,7 @@ class _Tap(nn.Module):
         order = self._order
         if order.calls is not None:
             order.calls.append((hidden, LayerCall(args, kwargs)))
-        output = hidden if order.returns is None else order.returns
-        return (output, *[None] * order.num_extra_outputs) if order.num_extra_outputs else output
+        return hidden if order.returns is None else order.returns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,7 @@ class TensorSpec:
 
 
 class ParameterSlot(NamedTuple):
-    """Where a layer looks a weight up: `holder[key]` of one of its modules."""
+    """Where a module looks a weight up: `holder[key]` of one of its parts."""
 
     name: str
     holder: dict[str, Any]
@@ -111,10 +109,11 @@ class MetaModel:
             for name, tensor in model.state_dict().items()
         }
         path, layers = _decoder_layers(model, config)
+        self.layers_path = path
         self.layers: list[nn.Module] = list(layers)
         self._layer_prefixes = [f"{path}.{index}." for index in range(len(self.layers))]
         self._slots = [
-            list(_slots(layer, prefix))
+            list(parameter_slots(layer, prefix))
             for layer, prefix in zip(self.layers, self._layer_prefixes, strict=True)
         ]
         self._blanks = {name: holder[key] for slots in self._slots for name, holder, key in slots}
@@ -295,10 +294,6 @@ class MetaModel:
                 if hasattr(module, "layer_idx"):
                     module.capstan_attend = attend
 
-    def note_extra_outputs(self, count: int) -> None:
-        """Layers of this model return a tuple with `count` values after the hidden states."""
-        self._order.num_extra_outputs = count
-
     @contextmanager
     def _taps_set(
         self, *, calls: list[tuple[Tensor, LayerCall]] | None, returns: Tensor | None
@@ -311,7 +306,7 @@ class MetaModel:
 
 
 def open_meta_model(folder: Path, dtype: torch.dtype | None) -> MetaModel:
-    """Build the meta model of the model in `folder` (Hugging Face format).
+    """Build the meta model of the model in `folder` (Hugging Face format), its attention left to the caller.
 
     Args:
         dtype: what the model computes in; None keeps the checkpoint's own.
@@ -320,25 +315,10 @@ def open_meta_model(folder: Path, dtype: torch.dtype | None) -> MetaModel:
         InputError: no readable config.json.
         UnsupportedModel: not a decoder-only model whose attention goes through transformers' interface.
     """
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface
 
-    config = _read_config(folder)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"{config.model_type!r} in {folder} is an encoder-decoder; give a decoder-only model."
-        )
     AttentionInterface.register(ATTENTION_NAME, attend_through_module)
-    if dtype is not None:
-        config.dtype = dtype
-    try:
-        with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=ATTENTION_NAME, dtype=config.dtype or torch.float32
-            )
-    except Exception as error:  # whatever a model's own code, or a config that lacks something, leads to
-        raise UnsupportedModel(
-            f"transformers cannot build {config.model_type!r} from {folder} for this engine: {error}"
-        ) from error
+    model, config = build_on_meta(folder, dtype, attention=ATTENTION_NAME)
     if not type(model)._supports_attention_backend:
         raise UnsupportedModel(
             f"The attention of {type(model).__name__} does not go through transformers' attention interface, "
@@ -354,17 +334,6 @@ def open_meta_model(folder: Path, dtype: torch.dtype | None) -> MetaModel:
     return MetaModel(model, config)
 
 
-def _read_config(folder: Path) -> Any:
-    if not (folder / "config.json").exists():
-        raise InputError(f"{folder} has no config.json. Name a folder in Hugging Face format.")
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise UnsupportedModel(f"transformers does not know the model in {folder}: {error}") from error
-
-
 def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
     wanted = config.get_text_config().num_hidden_layers
     for path, module in model.named_modules():
@@ -373,10 +342,11 @@ def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
     raise UnsupportedModel(f"{type(model).__name__} has no list of {wanted} decoder layers to place.")
 
 
-def _slots(layer: nn.Module, prefix: str) -> Iterator[ParameterSlot]:
-    wanted = set(layer.state_dict())
-    for path, module in layer.named_modules():
-        for holder in (module._parameters, module._buffers):
+def parameter_slots(module: nn.Module, prefix: str) -> Iterator[ParameterSlot]:
+    """Every slot of a module and its parts whose tensor is in the state dict, by `prefix` and that name."""
+    wanted = set(module.state_dict())
+    for path, part in module.named_modules():
+        for holder in (part._parameters, part._buffers):
             for key in holder:
                 name = f"{path}.{key}" if path else key
                 if name in wanted:
