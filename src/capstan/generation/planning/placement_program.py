@@ -15,7 +15,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from capstan.generation.inventory import StoredTensor
 from capstan.generation.model import Model
 from capstan.generation.planning.batching import BlockShape
 from capstan.generation.planning.cache_buffers import region_rows
@@ -32,6 +31,7 @@ from capstan.generation.planning.resources import (
 )
 from capstan.generation.planning.weight_buffers import buffers_for
 from capstan.hardware import Machine
+from capstan.models.weight_manifest import StoredTensor
 from capstan.plans import IntegerProgram
 from capstan.storage.slab import aligned
 
