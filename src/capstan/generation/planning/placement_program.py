@@ -277,7 +277,8 @@ class _Build:
         smallest_first = sorted(sizes, key=lambda name: sizes[name])
 
         def with_on_host(count: int) -> Placement:
-            return replace(found, weights=found.weights | dict.fromkeys(smallest_first[:count], HOST))
+            moved = dict.fromkeys(smallest_first[:count], HOST)
+            return replace(found, weights={**found.weights, **moved})
 
         def is_too_many(count: int) -> bool:
             demand = given.demand_of(with_on_host(count))
