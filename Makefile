@@ -31,7 +31,7 @@ test-network: $(READY)
 	$(BIN)/python -m pytest -m network
 
 lint: $(READY)
-	$(BIN)/ruff check --no-cache . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check --no-cache . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
 
 fix: $(READY)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
