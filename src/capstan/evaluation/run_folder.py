@@ -85,6 +85,23 @@ def _scenario(spec: RunSpec) -> dict[str, Any]:
     }
 
 
+def plain_json(content: Any) -> str:
+    """Content as one line of JSON; what has no number there, such as the width of one value, is null."""
+    return json.dumps(_plain(content), allow_nan=False)
+
+
+def _plain(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_plain(each) for each in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, (str, int, float, bool, type(None))):
+        return content
+    return _plain(content.item()) if hasattr(content, "item") else str(content)
+
+
 def _write(path: Path, content: Any) -> None:
     text = json.dumps(_finite(content), indent=2) + "\n"
     write_atomically(path, text.encode("utf-8", errors="surrogatepass"))

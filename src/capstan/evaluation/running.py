@@ -23,7 +23,7 @@ from capstan.evaluation.models import Completion, LanguageModel, Pair, Result, S
 from capstan.evaluation.perturbations import WordFiles, augmented
 from capstan.evaluation.scenarios import Scenario, load_instances
 from capstan.evaluation.scenarios.lm_eval_tasks import TASK_CLASS
-from capstan.evaluation.specs import RunSpec
+from capstan.evaluation.specs import SCORED, RunSpec
 from capstan.evaluation.task_prompts import adapt_task
 
 OnAnswered = Callable[[int, int], None]
@@ -251,6 +251,11 @@ def _notes(
         notes.append("toxicity: n/a, no scorer was given")
     if metrics & {"APPSMetric"} and not resources.get("allow_code_execution"):
         notes.append("programs were not run; --allow-code-execution runs them")
+    asked = prepared.spec.adapter_spec
+    if asked.method in SCORED and (asked.temperature or asked.max_tokens or asked.stop_sequences):
+        notes.append("temperature, max_tokens and stop mean nothing: answers are scored, not generated")
+    if prepared.spec.chat is not None:
+        notes.append("prompts are written by the model's chat template")
     truncated = sum(state.prompt_truncated for state in states)
     if truncated:
         notes.append(f"{truncated:,} of {len(states):,} prompts did not fit and were cut")

@@ -111,7 +111,8 @@ def _shown(spec: AdapterSpec, example: Instance, prefix: str) -> str:
 
 
 def _context(task: _Task, question: Instance, examples: Sequence[Instance]) -> str:
-    spec, description = task.spec, str(question.extra.get("description", ""))
+    spec = task.spec
+    description = spec.instructions + str(question.extra.get("description", ""))
     begun = str(question.extra.get("gen_prefix", ""))
     prefix = f"{begun} " if begun else ""
     if task.chat is None:
@@ -173,7 +174,8 @@ def _fitted(
     task: _Task, question: Instance, examples: Sequence[Instance], continuation: str
 ) -> tuple[str, int, bool]:
     """The context that leaves room for what follows, how many examples it shows, whether it was cut."""
-    model, longest = task.model, task.model.limits.max_request_length - task.spec.max_tokens
+    model, longest = task.model, task.model.limits.max_request_length
+    longest -= 0 if continuation else task.spec.max_tokens
 
     def fits(text: str) -> bool:
         return len(text.encode(errors="surrogatepass")) <= longest or len(model.encode(text)) <= longest

@@ -64,7 +64,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     *entities.SCENARIOS,
     *harms.SCENARIOS,
 )
-_ADAPTER_SETTINGS = {
+_ADAPTER_SETTINGS: Mapping[str, Callable[[str], Any]] = {
     "max_train_instances": int,
     "max_eval_instances": int,
     "num_train_trials": int,
@@ -120,12 +120,16 @@ def run_spec_of(entry: str, *, root: Path | None = None) -> RunSpec:
     """
     name, args = parse_entry(entry)
     scenario = scenario_of(name, args)
-    own = {key: value for key, value in args.items() if not _is_general(key)}
+    general = _general(scenario)
+    own = {key: value for key, value in args.items() if key not in general}
     if name == "raft" and scenario.data(root).exists("prompt_construction_settings.json"):
-        own["instructions"] = labels.raft_settings(scenario.data(root), own.get("subset", ""))[1]
+        own.setdefault("instructions", labels.raft_settings(scenario.data(root), own.get("subset", ""))[1])
     _require_arguments(entry, scenario.run_spec, own)
-    spec = scenario.run_spec(**own)
-    return _adjusted(spec, {key: value for key, value in args.items() if _is_general(key)})
+    try:
+        spec = scenario.run_spec(**own)
+    except ValueError as error:
+        raise UsageError(f"The run entry {entry!r} has a value that is none: {error}.") from error
+    return _adjusted(spec, {key: value for key, value in args.items() if key in general})
 
 
 def _require_arguments(entry: str, run_spec: Callable[..., RunSpec], own: Mapping[str, str]) -> None:
@@ -144,19 +148,17 @@ def _require_arguments(entry: str, run_spec: Callable[..., RunSpec], own: Mappin
         raise UsageError(f"The run entry {entry!r} lacks {', '.join(missing)}.")
 
 
-def _is_general(key: str) -> bool:
-    return key in {"data_augmentation", "model", "model_deployment"} or key in set(_ADAPTER_SETTINGS) - {
-        "temperature",
-        "max_tokens",
-        "instructions",
-    }
+def _general(scenario: Scenario) -> set[str]:
+    """The settings that every run entry takes, less those that the scenario itself gives a meaning."""
+    known = {"data_augmentation", "model", "model_deployment", *_ADAPTER_SETTINGS}
+    return known - set(signature(scenario.run_spec).parameters)
 
 
 def _adjusted(spec: RunSpec, settings: Mapping[str, str]) -> RunSpec:
     changes: dict[str, Any] = {}
     for key, value in settings.items():
         if key in _ADAPTER_SETTINGS:
-            changes[_SETTING_NAMES.get(key, key)] = _ADAPTER_SETTINGS[key](value)  # type: ignore[operator]
+            changes[_SETTING_NAMES.get(key, key)] = _setting(key, value)
         elif key == "data_augmentation":
             spec = replace(spec, data_augmenter_spec=perturbation_sets(value))
         elif key == "model":
@@ -168,6 +170,14 @@ def _adjusted(spec: RunSpec, settings: Mapping[str, str]) -> RunSpec:
         return spec
     separator = "," if ":" in spec.name else ":"
     return replace(spec, name=spec.name + separator + ",".join(shown)).with_adapter(**changes)
+
+
+def _setting(key: str, value: str) -> Any:
+    try:
+        return _ADAPTER_SETTINGS[key](value)
+    except ValueError as error:
+        kind = "whole number" if _ADAPTER_SETTINGS[key] is int else "number"
+        raise UsageError(f"{key} wants a {kind}, not {value!r}.") from error
 
 
 def load_instances(
