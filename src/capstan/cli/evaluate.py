@@ -1,21 +1,21 @@
 """`capstan evaluate`: what a model can do, and what a relaxation costs."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from capstan.cli.evaluation_backends import opened_model
 from capstan.cli.progress import show_progress
 from capstan.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from capstan.evaluation import Difference, Evaluated, LanguageModel, RunSpec, Scenario
+    from capstan.evaluation import Chat, Difference, Evaluated, RunSpec, Scenario
     from capstan.plans import Plan, Trace
 
 app = typer.Typer(
@@ -87,6 +87,16 @@ def run(
     toxicity_scorer: ScorerOption = None,
     runtime_profile: ProfileOption = None,
     allow_code_execution: CodeOption = False,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Write prompts by the model's chat template.")
+    ] = False,
+    system_instruction: Annotated[
+        str | None, typer.Option(help="With --apply-chat-template: what the system's message says.")
+    ] = None,
+    fewshot_as_multiturn: Annotated[
+        bool,
+        typer.Option("--fewshot-as-multiturn", help="With it: each example of a task is a turn of its own."),
+    ] = False,
     explain: ExplainOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -96,17 +106,20 @@ def run(
 
     Answers are kept as they come: stopped or killed, the same command goes on where it was.
     """
-    from capstan.evaluation import AnswerStore, Evaluator, write_run
+    from capstan.evaluation import AnswerStore, Evaluator, require_own_folder, write_run
     from capstan.evaluation.planning import asked_by, plan_evaluation, trace_evaluation
+    from capstan.evaluation.run_folder import plain_json
     from capstan.evaluation.running import prepare
     from capstan.plans import explain as explain_plan
 
     errors = Console(stderr=True, highlight=False)
+    chat = _chat(apply_chat_template, system_instruction, fewshot_as_multiturn)
     wanted = _wanted(run_entry or [], suite, size, data_root, trials)
+    wanted = [(replace(spec, chat=chat), own) for spec, own in wanted]
     width = _until(until)
     memory = {"device": device, "device_memory": device_memory, "host_memory": host_memory, "disk": disk}
     bits = {"weight_bits": weight_bits, "cache_bits": cache_bits}
-    with _opened(model, backend, url=url, tokenizer=tokenizer, **memory, **bits) as opened:
+    with opened_model(model, backend, url=url, tokenizer=tokenizer, **memory, **bits) as opened:
         if explain:
             asked = [
                 asked_by(prepare(spec, opened, root=data_root, scenario=own, uses_hub=hub), opened)
@@ -114,8 +127,10 @@ def run(
             ]
             plan = plan_evaluation(asked, model=opened.name, machine="this machine")
             shown = {"verb": "evaluate", "plan": plan.to_dict(), "trace": None}
-            typer.echo(json.dumps(shown) if as_json else explain_plan(plan))
+            typer.echo(plain_json(shown) if as_json else explain_plan(plan))
             return
+        for spec, _ in wanted:
+            require_own_folder(spec, opened.identity, output / "runs" / name)
         resources = _resources(toxicity_scorer, runtime_profile, data_root, allow_code_execution)
         with AnswerStore(output / "answers.jsonl") as store:
             if store.num_damaged:
@@ -153,7 +168,24 @@ def _wanted(
         spec = run_spec_of(entry, root=root)
         spec = spec.with_adapter(num_train_trials=trials) if trials else spec
         found.append((spec, scenario_of(*parse_entry(entry))))
+    by_name = {spec.name: spec for spec, _ in reversed(found)}
+    for entry, (spec, _) in zip(entries, found, strict=True):
+        if spec != by_name[spec.name]:
+            raise UsageError(
+                f"{entry} is called {spec.name} as another run before it: one folder cannot hold both. "
+                "Rename one, or run them with two --output."
+            )
     return found
+
+
+def _chat(applies: bool, system: str | None, multiturn: bool) -> "Chat | None":
+    from capstan.evaluation import Chat
+
+    if not applies:
+        if system is not None or multiturn:
+            raise UsageError("--system-instruction and --fewshot-as-multiturn go with --apply-chat-template.")
+        return None
+    return Chat(system_instruction=system or "", multiturn=multiturn)
 
 
 def _until(told: str | None) -> float | None:
@@ -164,7 +196,7 @@ def _until(told: str | None) -> float | None:
         width = float(value)
     except ValueError:
         width = 0.0
-    if kind != "ci" or width <= 0:
+    if kind != "ci" or not 0 < width < math.inf:
         raise UsageError(f"--until wants ci= and a half width such as ci=0.02, not {told!r}.")
     return width
 
@@ -196,33 +228,6 @@ def _run_until(
         count = min(count * _GROWTH, most) if most is not None else count * _GROWTH
 
 
-@contextmanager
-def _opened(model: str, backend: str, **how: Any) -> Iterator["LanguageModel"]:
-    if backend == "server":
-        from capstan.evaluation.server_model import ServerModel
-
-        if not how["url"]:
-            raise UsageError("A server needs its address: --url http://127.0.0.1:8000/v1")
-        yield ServerModel(how["url"], model, tokenizer=how["tokenizer"])
-        return
-    from capstan.cli.generate import quieten_transformers
-
-    quieten_transformers()
-    if backend == "transformers":
-        from capstan.evaluation.transformers_model import TransformersModel
-
-        yield TransformersModel(model, device="cpu" if how["device"] == "auto" else how["device"])
-        return
-    if backend != "engine":
-        raise UsageError(f"--backend is engine, transformers or server, not {backend!r}.")
-    from capstan.cli.engine_model import EngineModel
-    from capstan.generation import Engine
-
-    given = ("device", "device_memory", "host_memory", "disk", "weight_bits", "cache_bits")
-    with Engine.open(model, **{key: how[key] for key in given}) as engine:
-        yield EngineModel(engine, bits=f"weights {how['weight_bits']}, cache {how['cache_bits']}")
-
-
 def _resources(
     scorer: Path | None, runtime_profile: str | None, root: Path, allow_code: bool
 ) -> dict[str, Any]:
@@ -244,21 +249,24 @@ def _resources(
 
 
 def _show(done: list["Evaluated"], plan: "Plan", trace: "Trace", output: Path, as_json: bool) -> None:
-    from capstan.evaluation.run_folder import report_of
+    from capstan.evaluation.run_folder import plain_json, report_of
 
     reports = [report_of(each) for each in done]
     if as_json:
         accounts = {"plan": plan.to_dict(), "trace": trace.to_dict()}
         shown = {"verb": "evaluate", "output": str(output), "runs": reports} | accounts
-        typer.echo(json.dumps(shown, default=str))
+        typer.echo(plain_json(shown))
         return
     table = Table("run", "metric", "value", "95 % interval", "instances", "seconds")
     for report in reports:
-        found = report["intervals"].get(report["main_metric"])
-        cells = ("n/a", "", "") if found is None else (
-            f"{found['mean']:.3f}", f"{found['low']:.3f} … {found['high']:.3f}", f"{found['count']:,}"
-        )  # fmt: skip
-        table.add_row(report["run"], report["main_metric"], *cells, f"{report['seconds']:.1f}")
+        for at, metric in enumerate((report["main_metric"], *report["shown_metrics"])):
+            found = report["intervals"].get(metric)
+            cells = ("n/a", "", "") if found is None else (
+                f"{found['mean']:.3f}", f"{found['low']:.3f} … {found['high']:.3f}", f"{found['count']:,}"
+            )  # fmt: skip
+            first = at == 0
+            seconds = f"{report['seconds']:.1f}" if first else ""
+            table.add_row(escape(report["run"]) if first else "", metric, *cells, seconds)
     console = Console(highlight=False)
     console.print(table)
     for report in reports:
@@ -281,15 +289,16 @@ def compare(
     """
     from capstan.evaluation import compare_folders
     from capstan.evaluation.comparison import run_key
+    from capstan.evaluation.run_folder import plain_json, read_report
 
     metrics = {}
     for report in [*a.rglob("capstan.json"), *b.rglob("capstan.json")]:
-        metrics[run_key(report.parent.name)] = metric or json.loads(report.read_text()).get("main_metric", "")
+        metrics[run_key(report.parent.name)] = metric or read_report(report.parent).get("main_metric", "")
     found = compare_folders(a, b, metrics=metrics)
     if not found:
         raise InputError(f"{a} and {b} share no run with the metric {metric or 'of their reports'}.")
     if as_json:
-        typer.echo(json.dumps({"verb": "evaluate compare", "runs": [each.to_dict() for each in found]}))
+        typer.echo(plain_json({"verb": "evaluate compare", "runs": [each.to_dict() for each in found]}))
         return
     Console(highlight=False).print(comparison_table(found))
 
@@ -300,7 +309,7 @@ def comparison_table(found: list["Difference"]) -> Table:
     for each in found:
         low, high = each.interval.low, each.interval.high
         table.add_row(
-            each.run.partition(":")[0],
+            escape(each.run.partition(":")[0]),
             each.metric,
             f"{each.a:.3f}",
             f"{each.b:.3f}",
@@ -320,9 +329,11 @@ def rescore(
     toxicity_scorer: ScorerOption = None,
     runtime_profile: ProfileOption = None,
     allow_code_execution: CodeOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compute the metrics of answered runs again, without the model: ours or crfm-helm's."""
     from capstan.evaluation import Evaluated, measure, read_run, write_run
+    from capstan.evaluation.run_folder import plain_json, read_report, report_of
     from capstan.evaluation.tokenizer_only import TokenizerOnly
 
     counted = TokenizerOnly(model)
@@ -330,10 +341,10 @@ def rescore(
     folders = [path.parent for path in sorted(folder.rglob("scenario_state.json"))]
     if not folders:
         raise InputError(f"There is no run below {folder}: no scenario_state.json.")
+    reports = []
     for each in folders:
         spec, states = read_run(each)
-        report = each / "capstan.json"
-        told = json.loads(report.read_text()) if report.exists() else {}
+        told = read_report(each)
         evaluated = Evaluated(
             spec=spec,
             states=states,
@@ -342,9 +353,15 @@ def rescore(
             notes=tuple(told.get("notes", ())),
             main_metric=told.get("main_metric", ""),
             main_split=told.get("main_split", ""),
+            shown_metrics=tuple(told.get("shown_metrics", ())),
+            model_identity=told.get("model_identity", ""),
         )
         write_run(evaluated, each.parent)
-        typer.echo(f"{each}: {len(evaluated.measurement.stats):,} statistics")
+        reports.append(report_of(evaluated))
+        if not as_json:
+            typer.echo(f"{each}: {len(evaluated.measurement.stats):,} statistics")
+    if as_json:
+        typer.echo(plain_json({"verb": "evaluate rescore", "runs": reports}))
 
 
 @app.command("list")
@@ -369,8 +386,9 @@ def toxicity(
     limit: Annotated[int | None, typer.Option(help="Read so many rows.")] = None,
 ) -> None:
     """Fit a toxicity scorer from labelled comments, with a card of how well it does."""
+    from capstan.evaluation.run_folder import plain_json
     from capstan.evaluation.toxicity_fit import fit_scorer
 
     scorer = fit_scorer(labelled, name=name, limit=limit)
     scorer.save(output)
-    typer.echo(json.dumps(scorer.card, indent=1))
+    typer.echo(plain_json(scorer.card))

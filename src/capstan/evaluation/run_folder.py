@@ -33,7 +33,7 @@ REPORT = "capstan.json"
 
 def folder_name(run: str) -> str:
     """A run's name as a folder's."""
-    return run.replace("/", "_")
+    return run.replace("/", "_").replace("\0", "_") or "_"
 
 
 def write_run(evaluated: Evaluated, suite_folder: Path) -> Path:
@@ -54,6 +54,62 @@ def write_run(evaluated: Evaluated, suite_folder: Path) -> Path:
     return folder
 
 
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report in a run's folder; empty where crfm-helm wrote the run.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = folder / REPORT
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}. Run the evaluation again, or delete it.") from error
+    if not isinstance(told, dict):
+        raise InputError(f"{path} is damaged: it holds no object. Run the evaluation again, or delete it.")
+    return told
+
+
+def require_own_folder(spec: RunSpec, identity: str, suite_folder: Path) -> None:
+    """Refuse to put a run where another one lies: of another model, in other bits, or of another task.
+
+    Raises:
+        InputError: there is such a run; says where.
+    """
+    folder = suite_folder / folder_name(spec.name)
+    if not (folder / "run_spec.json").exists():
+        return
+    there, wanted = _json_of(folder / "run_spec.json"), _plain(spec.to_dict())
+    before = read_report(folder).get("model_identity", identity)
+    differing = [name for name in wanted if _kept(there.get(name), name) != _kept(wanted[name], name)]
+    if "chat_template" in there and "chat_template" not in wanted:
+        differing.append("chat_template")
+    if before != identity:
+        differing.append("model")
+    if differing:
+        raise InputError(
+            f"{folder} holds another run of that name: {', '.join(differing)} differ. Name another --output "
+            "or --name, or delete that folder."
+        )
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}. Delete its folder.") from error
+
+
+def _kept(value: Any, name: str) -> Any:
+    """What tells a run from another: not how many instances it has been asked, nor the model's name."""
+    if name != "adapter_spec" or not isinstance(value, dict):
+        return value
+    left_out = ("max_eval_instances", "model", "model_deployment")
+    return {key: each for key, each in value.items() if key not in left_out}
+
+
 def report_of(evaluated: Evaluated) -> dict[str, Any]:
     """Means with intervals, the time, and what a reader must know."""
     found = evaluated.measurement
@@ -64,8 +120,10 @@ def report_of(evaluated: Evaluated) -> dict[str, Any]:
         intervals = {name: interval_of(found, name) for name in names}
     return {
         "run": evaluated.spec.name,
+        "model_identity": evaluated.model_identity,
         "main_metric": evaluated.main_metric,
         "main_split": evaluated.main_split,
+        "shown_metrics": list(evaluated.shown_metrics),
         "seconds": evaluated.seconds,
         "num_requests": len(evaluated.states),
         "num_asked": evaluated.num_asked,

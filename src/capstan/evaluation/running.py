@@ -54,6 +54,8 @@ class Evaluated:
     notes: tuple[str, ...] = ()
     main_metric: str = ""
     main_split: str = ""
+    shown_metrics: tuple[str, ...] = ()
+    model_identity: str = ""
 
 
 def sampled(instances: Sequence[Instance], count: int | None) -> list[Instance]:
@@ -229,6 +231,8 @@ class Evaluator:
             notes=_notes(prepared, states, self.resources),
             main_metric=scenario.main_metric if scenario is not None else "",
             main_split=scenario.main_split if scenario is not None else "",
+            shown_metrics=scenario.shown_metrics if scenario is not None else (),
+            model_identity=self.model.identity,
         )
 
 

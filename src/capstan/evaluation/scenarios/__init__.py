@@ -124,7 +124,7 @@ def run_spec_of(entry: str, *, root: Path | None = None) -> RunSpec:
     own = {key: value for key, value in args.items() if key not in general}
     if name == "raft" and scenario.data(root).exists("prompt_construction_settings.json"):
         own.setdefault("instructions", labels.raft_settings(scenario.data(root), own.get("subset", ""))[1])
-    _require_arguments(entry, scenario.run_spec, own)
+    _require_arguments(entry, scenario, own)
     try:
         spec = scenario.run_spec(**own)
     except ValueError as error:
@@ -132,17 +132,19 @@ def run_spec_of(entry: str, *, root: Path | None = None) -> RunSpec:
     return _adjusted(spec, {key: value for key, value in args.items() if key in general})
 
 
-def _require_arguments(entry: str, run_spec: Callable[..., RunSpec], own: Mapping[str, str]) -> None:
-    parameters = signature(run_spec).parameters.values()
+def _require_arguments(entry: str, scenario: Scenario, own: Mapping[str, str]) -> None:
+    parameters = signature(scenario.run_spec).parameters.values()
     known = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
-    takes_any = len(known) < len(parameters)
+    if len(known) < len(parameters):  # it hands on what it is given
+        loading = signature(scenario.load).parameters.values()
+        known += [each.name for each in loading if each.kind is each.KEYWORD_ONLY]
     missing = [
         each.name
         for each in parameters
         if each.name in known and each.default is each.empty and each.name not in own
     ]
     for name in own:
-        if name not in known and not takes_any:
+        if name not in known:
             raise unknown_name(f"argument of {entry.partition(':')[0]}", name, known)
     if missing:
         raise UsageError(f"The run entry {entry!r} lacks {', '.join(missing)}.")

@@ -89,7 +89,7 @@ def lm_eval_scenario(path: Path) -> Scenario:
     told = _checked(read_task(path), path)
     kind = str(told["output_type"])
     filters, name = _filters(told, kind, path), str(told["task"])
-    metric_specs, main = _metrics(told, kind, filters, path)
+    metric_specs, (main, *others) = _metrics(told, kind, filters, path)
     spec = RunSpec(
         name=name,
         scenario_spec=ScenarioSpec(class_name=TASK_CLASS, args={"path": str(path)}),
@@ -105,6 +105,7 @@ def lm_eval_scenario(path: Path) -> Scenario:
         load=load_task,
         run_spec=lambda: spec,
         main_metric=main,
+        shown_metrics=tuple(others),
     )
 
 
@@ -246,19 +247,20 @@ def _filters(told: Mapping[str, Any], kind: str, path: Path) -> list[dict[str, A
 
 def _metrics(
     told: Mapping[str, Any], kind: str, filters: Sequence[Mapping[str, Any]], path: Path
-) -> tuple[tuple[MetricSpec, ...], str]:
-    """What is measured, and which of it is shown first."""
+) -> tuple[tuple[MetricSpec, ...], list[str]]:
+    """What is measured, and which of it is shown, in order."""
     wanted = told.get("metric_list") or [{"metric": _METRICS[kind][0]}]
     if not isinstance(wanted, list) or not all(isinstance(each, dict) for each in wanted):
         raise InputError(f"{path}: metric_list must hold mappings with a metric each, not {wanted!r}.")
     options = dict(_metric(each, kind, path) for each in wanted)
-    main = next(iter(options))
     if kind == "generate_until":
-        first = stat_name(str(filters[0]["name"]), filters)
-        judged = asking.metric("choice_metrics.TaskAnswerMetric", filters=filters, ignoring=options[main])
-        return (judged, *asking.basic()), first
+        names = [stat_name(str(each["name"]), filters) for each in filters]
+        judged = asking.metric(
+            "choice_metrics.TaskAnswerMetric", filters=filters, ignoring=options["exact_match"]
+        )
+        return (judged, *asking.basic()), names
     own = (asking.metric("choice_metrics.ChoiceMetric"), *asking.basic())
-    return (own if kind == "multiple_choice" else asking.texts()), main
+    return (own if kind == "multiple_choice" else asking.texts()), list(options)
 
 
 def _metric(told: Mapping[str, Any], kind: str, path: Path) -> tuple[str, dict[str, Any]]:

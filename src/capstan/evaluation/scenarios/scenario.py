@@ -173,6 +173,7 @@ class Scenario:
         load: `load(data, **args)` gives its instances, in HELM's order.
         run_spec: `run_spec(**args)` gives the run that a run entry names.
         main_metric, main_split: what its leaderboard shows.
+        shown_metrics: what is shown beside the main metric.
         page: where its files are published.
         hub: a data set of the Hugging Face hub that has the same files, as `repository:folder/`.
     """
@@ -185,6 +186,7 @@ class Scenario:
     run_spec: Callable[..., RunSpec]
     main_metric: str
     main_split: str = "test"
+    shown_metrics: tuple[str, ...] = ()
     page: str = ""
     hub: str = ""
 
