@@ -397,3 +397,16 @@ def test_a_prompt_that_begins_with_the_models_beginning_has_it_once():
     assert special_encoded(tokenizer, "<s>|rope", "<s>") == [0, 1]
     assert special_encoded(tokenizer, "rope", "<s>") == [0, 1]
     assert special_encoded(tokenizer, "rope", "") == [0, 1]
+
+
+def test_a_group_is_run_task_by_task_and_averaged(plainly, tmp_path):
+    chat_task(tmp_path, num_fewshot=0)
+    (tmp_path / "g.yaml").write_text("group: g\ntask: [chat]\naggregate_metric_list: [{metric: acc}]\n")
+    done = plainly("--run", tmp_path / "g.yaml", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    (group,) = told["groups"]
+    assert (group["group"], group["runs"]) == ("g", ["chat"])
+    assert group["averages"]["acc"]["mean"] == told["runs"][0]["intervals"]["acc"]["mean"]
+    assert json.loads((tmp_path / "o" / "groups" / "capstan" / "g.json").read_text()) == group
+    assert "group g" in plainly("--run", tmp_path / "g.yaml").words

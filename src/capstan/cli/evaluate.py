@@ -11,12 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from capstan.cli.evaluation_backends import opened_model
+from capstan.cli.evaluation_table import show_runs
 from capstan.cli.progress import show_progress
 from capstan.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from capstan.evaluation import Chat, Difference, Evaluated, RunSpec, Scenario
-    from capstan.plans import Plan, Trace
+    from capstan.evaluation import Chat, Difference, Evaluated, GroupOfRuns, RunSpec, Scenario
 
 app = typer.Typer(
     help="Measure a model by HELM's scenarios, and compare two evaluations instance by instance.",
@@ -106,7 +106,14 @@ def run(
 
     Answers are kept as they come: stopped or killed, the same command goes on where it was.
     """
-    from capstan.evaluation import AnswerStore, Evaluator, require_own_folder, write_run
+    from capstan.evaluation import (
+        AnswerStore,
+        Evaluator,
+        group_reports,
+        require_own_folder,
+        write_groups,
+        write_run,
+    )
     from capstan.evaluation.planning import asked_by, plan_evaluation, trace_evaluation
     from capstan.evaluation.run_folder import plain_json
     from capstan.evaluation.running import prepare
@@ -114,7 +121,7 @@ def run(
 
     errors = Console(stderr=True, highlight=False)
     chat = _chat(apply_chat_template, system_instruction, fewshot_as_multiturn)
-    wanted = _wanted(run_entry or [], suite, size, data_root, trials)
+    wanted, groups = _wanted(run_entry or [], suite, size, data_root, trials)
     wanted = [(replace(spec, chat=chat), own) for spec, own in wanted]
     width = _until(until)
     memory = {"device": device, "device_memory": device_memory, "host_memory": host_memory, "disk": disk}
@@ -151,31 +158,41 @@ def run(
         asked = [asked_by(each, opened) for each in done]
         plan = plan_evaluation(asked, model=opened.name, machine="this machine")
         trace = trace_evaluation(done, opened, machine="this machine")
-    _show(done, plan, trace, output, as_json)
+    averages = group_reports(groups, done)
+    write_groups(averages, output / "groups" / name)
+    show_runs(done, averages, plan, trace, output, as_json=as_json)
 
 
 def _wanted(
     entries: list[str], suite: str | None, size: int | None, root: Path, trials: int | None
-) -> list[tuple["RunSpec", "Scenario"]]:
-    from capstan.evaluation import run_spec_of, suite_entries
-    from capstan.evaluation.scenarios import parse_entry, scenario_of
+) -> tuple[list[tuple["RunSpec", "Scenario"]], list["GroupOfRuns"]]:
+    """All runs with their scenarios, and which of them belong to a group of tasks."""
+    from capstan.evaluation import GroupOfRuns, run_spec_of, suite_entries
+    from capstan.evaluation.run_folder import folder_name
+    from capstan.evaluation.scenarios import group_of, parse_entry, scenario_of
 
     entries = entries + (suite_entries(suite, size=size) if suite else [])
     if not entries:
         raise UsageError("Say what to run: --run ENTRY (several times if you like) or --suite NAME.")
-    found = []
+    found: list[tuple[RunSpec, Scenario]] = []
+    groups = []
     for entry in entries:
-        spec = run_spec_of(entry, root=root)
-        spec = spec.with_adapter(num_train_trials=trials) if trials else spec
-        found.append((spec, scenario_of(*parse_entry(entry))))
-    by_name = {spec.name: spec for spec, _ in reversed(found)}
-    for entry, (spec, _) in zip(entries, found, strict=True):
-        if spec != by_name[spec.name]:
+        group = group_of(entry)
+        owns = group.scenarios if group is not None else (scenario_of(*parse_entry(entry)),)
+        specs = [run_spec_of(entry, root=root, scenario=own) for own in owns]
+        specs = [spec.with_adapter(num_train_trials=trials) if trials else spec for spec in specs]
+        found += zip(specs, owns, strict=True)
+        if group is not None:
+            names = {own.name: spec.name for spec, own in zip(specs, owns, strict=True)}
+            groups += [GroupOfRuns(group=each, runs=names) for each in group.all_groups]
+    by_folder: dict[str, RunSpec] = {}
+    for spec, _ in found:
+        if by_folder.setdefault(folder_name(spec.name), spec) != spec:
             raise UsageError(
-                f"{entry} is called {spec.name} as another run before it: one folder cannot hold both. "
-                "Rename one, or run them with two --output."
+                f"Two different runs are called {spec.name}: one folder cannot hold both. Rename one, or run "
+                "them with two --output."
             )
-    return found
+    return found, groups
 
 
 def _chat(applies: bool, system: str | None, multiturn: bool) -> "Chat | None":
@@ -246,33 +263,6 @@ def _resources(
         "bias_targets": targets,
         "idealised_runtime": profile,
     }
-
-
-def _show(done: list["Evaluated"], plan: "Plan", trace: "Trace", output: Path, as_json: bool) -> None:
-    from capstan.evaluation.run_folder import plain_json, report_of
-
-    reports = [report_of(each) for each in done]
-    if as_json:
-        accounts = {"plan": plan.to_dict(), "trace": trace.to_dict()}
-        shown = {"verb": "evaluate", "output": str(output), "runs": reports} | accounts
-        typer.echo(plain_json(shown))
-        return
-    table = Table("run", "metric", "value", "95 % interval", "instances", "seconds")
-    for report in reports:
-        for at, metric in enumerate((report["main_metric"], *report["shown_metrics"])):
-            found = report["intervals"].get(metric)
-            cells = ("n/a", "", "") if found is None else (
-                f"{found['mean']:.3f}", f"{found['low']:.3f} … {found['high']:.3f}", f"{found['count']:,}"
-            )  # fmt: skip
-            first = at == 0
-            seconds = f"{report['seconds']:.1f}" if first else ""
-            table.add_row(escape(report["run"]) if first else "", metric, *cells, seconds)
-    console = Console(highlight=False)
-    console.print(table)
-    for report in reports:
-        for note in report["notes"]:
-            console.print(f"{report['run'].partition(':')[0]}: {note}", markup=False)
-    console.print(f"{output}: {len(reports)} runs.", markup=False)
 
 
 @app.command("compare")

@@ -25,7 +25,14 @@ from capstan.evaluation.models import (
     Token,
 )
 from capstan.evaluation.perturbations import Perturbation
-from capstan.evaluation.run_folder import read_run, require_own_folder, write_run
+from capstan.evaluation.run_folder import (
+    GroupOfRuns,
+    group_reports,
+    read_run,
+    require_own_folder,
+    write_groups,
+    write_run,
+)
 from capstan.evaluation.running import Evaluated, Evaluator, answer, measure, prepare
 from capstan.evaluation.scenarios import SCENARIOS, DataFolder, Scenario, run_spec_of
 from capstan.evaluation.specs import AdapterSpec, Chat, MetricSpec, PerturbationSpec, RunSpec, ScenarioSpec
@@ -42,6 +49,7 @@ __all__ = [
     "Difference",
     "Evaluated",
     "Evaluator",
+    "GroupOfRuns",
     "Instance",
     "Interval",
     "LanguageModel",
@@ -67,11 +75,13 @@ __all__ = [
     "answer",
     "bootstrap",
     "compare_folders",
+    "group_reports",
     "measure",
     "prepare",
     "read_run",
     "require_own_folder",
     "run_spec_of",
     "suite_entries",
+    "write_groups",
     "write_run",
 ]

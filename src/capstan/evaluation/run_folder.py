@@ -7,16 +7,18 @@ per_instance_stats.json; helm-summarize and helm-server take it. What is None or
 
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from capstan.errors import InputError
 from capstan.evaluation.adapters import RequestState
 from capstan.evaluation.instances import Instance, PerturbationDescription, Reference
-from capstan.evaluation.intervals import interval_of
+from capstan.evaluation.intervals import Interval, interval_of
 from capstan.evaluation.models import Completion, Request, Result, Token
 from capstan.evaluation.running import Evaluated
-from capstan.evaluation.scenarios import SCENARIOS
+from capstan.evaluation.scenarios import SCENARIOS, TaskGroup
 from capstan.evaluation.specs import (
     AdapterSpec,
     AugmenterSpec,
@@ -130,6 +132,43 @@ def report_of(evaluated: Evaluated) -> dict[str, Any]:
         "notes": list(evaluated.notes),
         "intervals": {name: each.to_dict() for name, each in intervals.items() if each is not None},
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOfRuns:
+    """A group of tasks, and the runs of its tasks by the tasks' names."""
+
+    group: TaskGroup
+    runs: Mapping[str, str]
+
+
+def group_reports(groups: Sequence[GroupOfRuns], done: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    """Of each group: its runs and its averages with intervals, by metric."""
+    by_run = {each.spec.name: each for each in done}
+    reports = []
+    for each in groups:
+        own = {scenario.name: by_run[each.runs[scenario.name]] for scenario in each.group.scenarios}
+        averages = {}
+        for aggregate in each.group.aggregates:
+            figures = {name: _figure(run, aggregate.metric) for name, run in own.items()}
+            found = aggregate.of({name: figure for name, figure in figures.items() if figure is not None})
+            averages[aggregate.metric] = found.to_dict() if found is not None else None
+        reports.append(
+            {"group": each.group.name, "runs": [run.spec.name for run in own.values()], "averages": averages}
+        )
+    return reports
+
+
+def _figure(run: Evaluated, metric: str) -> Interval | None:
+    """A task's figure; of a task with one pipeline also where the group names that pipeline."""
+    return interval_of(run.measurement, metric) or interval_of(run.measurement, metric.partition(",")[0])
+
+
+def write_groups(reports: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write each group's report into a file of its name."""
+    for each in reports:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / f"{folder_name(each['group'])}.json", each)
 
 
 def _scenario(spec: RunSpec) -> dict[str, Any]:

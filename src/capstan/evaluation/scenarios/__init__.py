@@ -28,6 +28,7 @@ from capstan.evaluation.scenarios import (
     summaries,
     texts,
 )
+from capstan.evaluation.scenarios.lm_eval_groups import TaskGroup, read_group
 from capstan.evaluation.scenarios.lm_eval_tasks import TASK_CLASS, is_task, lm_eval_scenario, load_task
 from capstan.evaluation.scenarios.scenario import DataFolder, Scenario
 from capstan.evaluation.scenarios.tables import (
@@ -43,6 +44,8 @@ __all__ = [
     "SCENARIOS",
     "DataFolder",
     "Scenario",
+    "TaskGroup",
+    "group_of",
     "load_instances",
     "parse_entry",
     "run_spec_of",
@@ -112,14 +115,20 @@ def scenario_of(name: str, args: Mapping[str, str] | None = None) -> Scenario:
     return next((each for each in found if each.folder == wanted), found[0])
 
 
-def run_spec_of(entry: str, *, root: Path | None = None) -> RunSpec:
-    """The run that an entry names, HELM's general settings applied.
+def group_of(entry: str) -> TaskGroup | None:
+    """The group of lm-evaluation-harness's tasks that a run entry names, if it names one."""
+    path = Path(parse_entry(entry)[0])
+    return read_group(path) if path.suffix in (".yaml", ".yml") else None
+
+
+def run_spec_of(entry: str, *, root: Path | None = None, scenario: Scenario | None = None) -> RunSpec:
+    """The run that an entry names, HELM's general settings applied; of `scenario`, where a group has it.
 
     Raises:
         UsageError: an unknown scenario, or arguments that it does not take.
     """
     name, args = parse_entry(entry)
-    scenario = scenario_of(name, args)
+    scenario = scenario or scenario_of(name, args)
     general = _general(scenario)
     own = {key: value for key, value in args.items() if key not in general}
     if name == "raft" and scenario.data(root).exists("prompt_construction_settings.json"):

@@ -80,19 +80,20 @@ def is_task(told: Mapping[str, Any]) -> bool:
     return "include" in told or "task" in told
 
 
-def lm_eval_scenario(path: Path) -> Scenario:
-    """The scenario of a task's YAML file.
+def lm_eval_scenario(path: Path, overrides: Mapping[str, Any] | None = None) -> Scenario:
+    """The scenario of a task's YAML file; `overrides` is what a group says of it.
 
     Raises:
         InputError: something that cannot be taken over; says what.
     """
-    told = _checked(read_task(path), path)
+    told = _task(path, overrides or {})
     kind = str(told["output_type"])
     filters, name = _filters(told, kind, path), str(told["task"])
     metric_specs, (main, *others) = _metrics(told, kind, filters, path)
+    given: dict[str, Any] = {"overrides": dict(overrides)} if overrides else {}
     spec = RunSpec(
         name=name,
-        scenario_spec=ScenarioSpec(class_name=TASK_CLASS, args={"path": str(path)}),
+        scenario_spec=ScenarioSpec(class_name=TASK_CLASS, args={"path": str(path)} | given),
         adapter_spec=_adapter(told, kind, path),
         metric_specs=metric_specs,
         groups=(name,),
@@ -107,6 +108,16 @@ def lm_eval_scenario(path: Path) -> Scenario:
         main_metric=main,
         shown_metrics=tuple(others),
     )
+
+
+def _task(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A checked task: a file's, or of a file that is a group the one that `overrides` holds."""
+    told = read_task(path)
+    if isinstance(told.get("task"), list):
+        if "task" not in overrides:
+            raise InputError(f"{path} is a group of tasks: run it with capstan evaluate run.")
+        told = {}
+    return _checked(told | dict(overrides), path)
 
 
 def _checked(told: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -295,12 +306,12 @@ def _metric(told: Mapping[str, Any], kind: str, path: Path) -> tuple[str, dict[s
 # --- data -------------------------------------------------------------------------------------------------
 
 
-def load_task(_: DataFolder, *, path: str) -> list[Instance]:
+def load_task(_: DataFolder, *, path: str, overrides: Mapping[str, Any] | None = None) -> list[Instance]:
     """A task's instances: those that examples are taken from as training, its test split (else validation)
     asked.
     """
     where = Path(path)
-    told = _checked(read_task(where), where)
+    told = _task(where, overrides or {})
     files = _files(told, where)
     asked = told.get("test_split") or told.get("validation_split")
     if asked is None:
