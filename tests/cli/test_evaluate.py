@@ -235,7 +235,7 @@ def plainly(run, worded, tmp_path) -> Callable[..., Any]:
     return plainly
 
 
-def own_table(folder: Path, name: str, text: str, **more: str) -> Path:
+def own_table(folder: Path, name: str, text: str, /, **more: str) -> Path:
     (folder / f"{name}.jsonl").write_text(json.dumps({"q": text, "a": "1"}) + "\n")
     told = {"name": "mine", "data": f"{name}.jsonl", "input": "{q}", "answer": "a"} | more
     path = folder / f"{name}.yaml"
@@ -397,6 +397,17 @@ def test_a_prompt_that_begins_with_the_models_beginning_has_it_once():
     assert special_encoded(tokenizer, "<s>|rope", "<s>") == [0, 1]
     assert special_encoded(tokenizer, "rope", "<s>") == [0, 1]
     assert special_encoded(tokenizer, "rope", "") == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"), [(["--device", "tpu"], "device 'tpu'"), (["--run", "long.yaml"], "another name")]
+)
+def test_a_device_or_a_name_that_cannot_be_is_refused(plainly, tmp_path, monkeypatch, more, words):
+    monkeypatch.chdir(tmp_path)
+    own_table(tmp_path, "long", "one", name="x" * 300)
+    done = plainly("--run", own_table(tmp_path, "a", "one"), *more)
+    assert done.code == 1
+    assert words in done.words
 
 
 def test_a_group_is_run_task_by_task_and_averaged(plainly, tmp_path):

@@ -41,7 +41,7 @@ Write = Callable[..., str]
 def written(tmp_path: Path) -> Write:
     """`written(task, rows, **more)`: the path of a task with its data."""
 
-    def write(task: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = CITIES, **more: Any) -> str:
+    def write(task: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = CITIES, /, **more: Any) -> str:
         (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         path = tmp_path / "task.yaml"
         path.write_text(yaml.safe_dump(dict(task) | more))
@@ -190,6 +190,12 @@ def test_examples_go_before_the_context_is_cut_and_the_choice_stays(written):
     assert state.request.prompt.endswith("0 yes")
 
 
+def test_a_context_without_room_for_a_question_is_refused(written, toy_model):
+    path = written(WORDS, [{"q": "?", "a": "b"}], generation_kwargs={"max_gen_toks": 400})
+    with pytest.raises(InputError, match="leaves no room for a question: 400 new ones"):
+        states_of(path, toy_model)
+
+
 @pytest.mark.parametrize(
     ("target", "row", "right"),
     [
@@ -310,6 +316,11 @@ DEEPER = [
     ("filter_list", [{"name": "x", "filter": [{"function": "regex", "pattern": "x"}]}]),
     ("filter_list", [{"name": "x", "filter": [{"function": "take_first_k", "k": "2"}]}]),
     ("filter_list", "take_first"),
+    ("filter_list", [{"name": "x", "filter": [{"function": "take_first_k", "k": 0}]}]),
+    ("filter_list", [{"name": "x", "filter": [{"function": "map", "kwargs": 3}]}]),
+    ("test_split", ["test"]),
+    ("task", 3),
+    ("task", ""),
     ("metric_list", [{"metric": "exact_match", "ignore_space": True}]),
     ("metric_list", [{"metric": "exact_match", "ignore_case": "yes"}]),
     ("metric_list", [{"metric": "exact_match", "aggregation": "median"}]),

@@ -151,7 +151,7 @@ def test_shares_of_right_answers_have_wilsons_interval(right, count):
     found = bootstrap([1.0] * right + [0.0] * (count - right))
     wanted = binomtest(right, count).proportion_ci(method="wilson")
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
-    assert found.low <= found.mean <= found.high
+    assert 0 <= found.low <= found.mean <= found.high <= 1
     assert found.half_width > 0
 
 

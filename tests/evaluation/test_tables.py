@@ -223,7 +223,11 @@ def _needed(name: str) -> str:
     from inspect import signature
 
     scenario = scenario_of(name)
-    missing = [p.name for p in signature(scenario.run_spec).parameters.values() if p.default is p.empty]
+    missing = [
+        p.name
+        for p in signature(scenario.run_spec).parameters.values()
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
     told = dict(part.split("=") for part in NEEDED.get(name, "").split(",") if part)
     return "".join(f"{each}={told.get(each, 'x')}," for each in missing)
 

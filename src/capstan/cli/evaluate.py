@@ -248,13 +248,15 @@ def _run_until(
 def _resources(
     scorer: Path | None, runtime_profile: str | None, root: Path, allow_code: bool
 ) -> dict[str, Any]:
+    from capstan.evaluation import DataFolder
     from capstan.evaluation.metrics.efficiency import read_runtime_profile
     from capstan.evaluation.toxicity_fit import ToxicityScorer
 
-    targets = {}
-    for kind in ("adjective", "profession"):
-        path = root / "bias" / f"{kind}.txt"
-        targets[kind] = path.read_text().split() if path.exists() else []
+    words = DataFolder(folder=root / "bias")
+    targets = {
+        kind: words.text(f"{kind}.txt").split() if words.exists(f"{kind}.txt") else []
+        for kind in ("adjective", "profession")
+    }
     loaded = ToxicityScorer.load(scorer) if scorer is not None else None
     profile = read_runtime_profile(runtime_profile) if runtime_profile is not None else None
     return {

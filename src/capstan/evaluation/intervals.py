@@ -70,8 +70,8 @@ def wilson(share: float, num: int) -> Interval:
     z2 = float(ndtri((1 + _LEVEL) / 2)) ** 2
     middle = (share + z2 / (2 * num)) / (1 + z2 / num)
     half = math.sqrt(z2 * (share * (1 - share) / num + z2 / (4 * num**2))) / (1 + z2 / num)
-    # At 0 and 1 the nearer end is exact; rounding must not put the mean outside.
-    return Interval(share, min(share, middle - half), max(share, middle + half), num)
+    # At 0 and 1 the nearer end is exact but for rounding.
+    return Interval(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)), num)
 
 
 def instance_means(

@@ -31,6 +31,7 @@ from capstan.evaluation.specs import (
 from capstan.storage import write_atomically
 
 REPORT = "capstan.json"
+_LONGEST_NAME = 255  # bytes, on the file systems in use
 
 
 def folder_name(run: str) -> str:
@@ -41,7 +42,10 @@ def folder_name(run: str) -> str:
 def write_run(evaluated: Evaluated, suite_folder: Path) -> Path:
     """Write a run's folder; each file under another name first, so that none is half."""
     folder = suite_folder / folder_name(evaluated.spec.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}. Name another --output.") from error
     spec, found = evaluated.spec, evaluated.measurement
     _write(folder / "run_spec.json", spec.to_dict())
     _write(folder / "scenario.json", _scenario(spec))
@@ -81,6 +85,8 @@ def require_own_folder(spec: RunSpec, identity: str, suite_folder: Path) -> None
         InputError: there is such a run; says where.
     """
     folder = suite_folder / folder_name(spec.name)
+    if len(folder.name.encode(errors="surrogatepass")) > _LONGEST_NAME:
+        raise InputError(f"{folder.name[:60]}… is too long for a folder's name. Give the run another name.")
     if not (folder / "run_spec.json").exists():
         return
     there, wanted = _json_of(folder / "run_spec.json"), _plain(spec.to_dict())

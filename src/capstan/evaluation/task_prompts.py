@@ -184,6 +184,11 @@ def _fitted(
         context = _context(task, question, examples[:count]) or model.limits.prefix_token
         if fits(context + continuation):
             return context, count, False
+    if not fits(continuation) or longest < 1:
+        raise InputError(
+            f"{model.name} takes {model.limits.max_request_length:,} tokens, which leaves no room for a "
+            f"question: {task.spec.max_tokens:,} new ones are asked for, or a choice is longer."
+        )
     tokens = model.encode(context)
     while tokens and not fits(model.decode(tokens) + continuation):
         tokens = tokens[max(1, len(model.encode(model.decode(tokens) + continuation)) - longest) :]

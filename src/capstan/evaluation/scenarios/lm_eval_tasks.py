@@ -93,7 +93,7 @@ def lm_eval_scenario(path: Path, overrides: Mapping[str, Any] | None = None) -> 
     given: dict[str, Any] = {"overrides": dict(overrides)} if overrides else {}
     spec = RunSpec(
         name=name,
-        scenario_spec=ScenarioSpec(class_name=TASK_CLASS, args={"path": str(path)} | given),
+        scenario_spec=ScenarioSpec(class_name=TASK_CLASS, args={"path": str(path.resolve())} | given),
         adapter_spec=_adapter(told, kind, path),
         metric_specs=metric_specs,
         groups=(name,),
@@ -139,7 +139,10 @@ def _checked(told: dict[str, Any], path: Path) -> dict[str, Any]:
     )
     if missing := sorted(needed - set(found)):
         raise InputError(f"{path} lacks {', '.join(missing)}, which a task of the type {kind} needs.")
-    for key in ("description", "target_delimiter", "fewshot_delimiter", "gen_prefix"):
+    if not found["task"]:
+        raise InputError(f"{path}: task must be a name, not {found['task']!r}.")
+    splits = ("training_split", "validation_split", "test_split", "fewshot_split")
+    for key in ("task", "description", "target_delimiter", "fewshot_delimiter", "gen_prefix", *splits):
         if not isinstance(found.get(key, ""), str):
             raise InputError(f"{path}: {key} must be a text, not {found[key]!r}.")
     return found

@@ -94,7 +94,7 @@ def table_scenario(path: Path) -> Scenario:
     name = str(told["name"])
     spec = RunSpec(
         name=name,
-        scenario_spec=ScenarioSpec(class_name=TABLE_CLASS, args={"path": str(path)}),
+        scenario_spec=ScenarioSpec(class_name=TABLE_CLASS, args={"path": str(path.resolve())}),
         adapter_spec=_adapter(told, path),
         metric_specs=asking.texts() if is_text else asking.basic(*metrics),
         groups=(name,),
