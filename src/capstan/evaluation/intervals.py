@@ -10,10 +10,10 @@ from 0 to 1: draws of them never differ, so a bootstrap would call a mean known 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtri
 
 from capstan.evaluation.metrics import InstanceStats, Measurement
 
@@ -67,7 +67,7 @@ def resampled(values: Sequence[float], *, num_resamples: int = NUM_RESAMPLES, se
 
 def wilson(share: float, num: int) -> Interval:
     """The 95 % interval of a share of `num` answers."""
-    z2 = float(ndtri((1 + _LEVEL) / 2)) ** 2
+    z2 = NormalDist().inv_cdf((1 + _LEVEL) / 2) ** 2
     middle = (share + z2 / (2 * num)) / (1 + z2 / num)
     half = math.sqrt(z2 * (share * (1 - share) / num + z2 / (4 * num**2))) / (1 + z2 / num)
     # At 0 and 1 the nearer end is exact but for rounding.

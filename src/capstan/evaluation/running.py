@@ -258,7 +258,7 @@ def _notes(
     asked = prepared.spec.adapter_spec
     if asked.method in SCORED and (asked.temperature or asked.max_tokens or asked.stop_sequences):
         notes.append("temperature, max_tokens and stop mean nothing: answers are scored, not generated")
-    if prepared.spec.chat is not None:
+    if prepared.spec.chat is not None and asked.method != "language_modeling":
         notes.append("prompts are written by the model's chat template")
     truncated = sum(state.prompt_truncated for state in states)
     if truncated:
