@@ -109,7 +109,7 @@ def test_acc_adds_up_the_tokens_after_the_context(written):
         states_of(path, model), lambda request: [Token(t, weights[t]) for t in model.parts(request.prompt)]
     )
     found = {each.name.name: each.mean for each in measure(run_spec_of(path), states, model).stats}
-    # -1 against -1.5; the tokens that the choice has by itself would be -10 against -1.5.
+    # -1 against -1.5; as many tokens as the choice has alone would count the joined one, -10 against -1.5.
     assert found["acc"] == 1.0
     assert found["acc_norm"] == 1.0
 
