@@ -1,16 +1,18 @@
 """`capstan evaluate` as people run it, on a tiny model with a tokenizer, over two backends."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from capstan.cli.engine_model import EngineModel
 from capstan.evaluation import Pair, Request
-from capstan.evaluation.transformers_model import TransformersModel
+from capstan.evaluation.transformers_model import TransformersModel, special_encoded
 from capstan.generation import Engine
 
 TEXTS = [
@@ -217,3 +219,205 @@ def test_room_is_left_for_the_tokens_that_a_tokenizer_adds():
     assert limits_of(config, plain).max_request_length == 100
     assert limits_of(config, adding).max_request_length == 99
     assert limits_of(config, adding).prefix_token == "<s>"
+
+
+# --- what is said is used or refused ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def plainly(run, worded, tmp_path) -> Callable[..., Any]:
+    """`plainly(*words)`: an evaluation of the small model by transformers, into one folder."""
+
+    def plainly(*words: object) -> Any:
+        base = ["evaluate", "run", "--backend", "transformers", "--model", worded, "--output", tmp_path / "o"]
+        return run(*base, *words)
+
+    return plainly
+
+
+def own_table(folder: Path, name: str, text: str, /, **more: str) -> Path:
+    (folder / f"{name}.jsonl").write_text(json.dumps({"q": text, "a": "1"}) + "\n")
+    told = {"name": "mine", "data": f"{name}.jsonl", "input": "{q}", "answer": "a"} | more
+    path = folder / f"{name}.yaml"
+    path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in told.items()))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "backend"),
+    [
+        ("--weight-bits", 4, "transformers"), ("--cache-bits", 8, "transformers"),
+        ("--device-memory", "1GiB", "transformers"), ("--url", "http://127.0.0.1:9/v1", "transformers"),
+        ("--weight-bits", 4, "server"), ("--device", "cpu", "server"), ("--url", "http://x", "engine"),
+    ],
+)  # fmt: skip
+def test_an_option_that_a_backend_would_not_heed_is_refused(run, worded, tmp_path, option, value, backend):
+    words = ["evaluate", "run", "--model", worded, "--output", tmp_path / "o", "--run", "numeracy"]
+    done = run(*words, "--backend", backend, option, value)
+    assert done.code == 2
+    assert option in done.words
+    assert backend in done.words
+    assert not (tmp_path / "o").exists()
+
+
+def test_two_tasks_of_one_name_do_not_overwrite_each_other(plainly, tmp_path):
+    a, b = own_table(tmp_path, "a", "one"), own_table(tmp_path, "b", "two")
+    done = plainly("--run", a, "--run", b)
+    assert done.code == 2
+    assert "called mine" in done.words
+    assert plainly("--run", a).code == 0
+    assert plainly("--run", a).code == 0
+    done = plainly("--run", b)
+    assert done.code == 1
+    assert "scenario_spec differ" in done.words
+    assert "one" in (tmp_path / "o" / "runs" / "capstan" / "mine" / "scenario_state.json").read_text()
+
+
+def test_another_model_or_other_settings_do_not_overwrite_a_run(plainly, run, worded, tmp_path):
+    other = shutil.copytree(worded, tmp_path / "models" / worded.name)
+    entry = own_table(tmp_path, "a", "one")
+    assert plainly("--run", entry).code == 0
+    base = ["evaluate", "run", "--backend", "transformers", "--model", other, "--output", tmp_path / "o"]
+    (other / "notes.txt").write_text("other weights")
+    done = run(*base, "--run", entry)
+    assert done.code == 1
+    assert "model differ" in done.words
+    done = plainly("--run", entry, "--trials", 2)
+    assert done.code == 1
+    assert "adapter_spec differ" in done.words
+    assert run(*base, "--run", entry, "--name", "other").code == 0
+
+
+def test_json_is_json_where_a_figure_has_no_width(plainly, run, worded, tmp_path):
+    def strict(text: str) -> Any:
+        def refuse(name: str) -> None:
+            raise AssertionError(name)
+
+        return json.loads(text, parse_constant=refuse)
+
+    done = plainly("--run", own_table(tmp_path, "a", "one"), "--json")
+    found = strict(done.out)["runs"][0]["intervals"]["exact_match"]
+    assert (found["low"], found["high"], found["count"]) == (None, None, 1)
+    folder = tmp_path / "o"
+    assert strict(run("evaluate", "compare", folder, folder, "--json").out)["runs"]
+    assert strict(run("evaluate", "rescore", folder, "--model", worded, "--json").out)["runs"]
+
+
+def test_a_damaged_report_is_named(plainly, run, worded, tmp_path):
+    assert plainly("--run", own_table(tmp_path, "a", "one")).code == 0
+    report = next((tmp_path / "o").rglob("capstan.json"))
+    for text in ("{", "[]"):
+        report.write_text(text)
+        folder = tmp_path / "o"
+        for words in (["compare", folder, folder], ["rescore", folder, "--model", worded]):
+            done = run("evaluate", *words)
+            assert done.code == 1
+            assert "capstan.json is damaged" in done.words
+        assert plainly("--run", tmp_path / "a.yaml").code == 1
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chatting(worded, tmp_path_factory) -> Path:
+    """The small model, with a chat template."""
+    folder = shutil.copytree(worded, tmp_path_factory.mktemp("models") / "chatting")
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def chat_task(folder: Path, **more: object) -> Path:
+    rows = [{"q": f"Q{at}", "c": ["yes", "no"], "a": 0} for at in range(2)]
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = {
+        "task": "chat", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "t.jsonl"}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "c",
+        "doc_to_target": "a", "description": "About ropes.", "num_fewshot": 1, "fewshot_split": "test",
+    } | more  # fmt: skip
+    path = folder / "t.yaml"
+    path.write_text(json.dumps(told))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("more", "task", "wanted"),
+    [
+        ([], {}, "<system>About ropes.<user>Q1 yes\n\nQ0<assistant>yes"),
+        (["--fewshot-as-multiturn"], {},
+         "<system>About ropes.<user>Q1<assistant>yes<user>Q0<assistant>yes"),
+        (["--system-instruction", "Be brief."], {"num_fewshot": 0},
+         "<system>Be brief.\n\nAbout ropes.<user>Q0<assistant>yes"),
+        ([], {"gen_prefix": "So:", "description": ""}, "<user>Q1 So: yes\n\nQ0<assistant>So:yes"),
+    ],
+)  # fmt: skip
+def test_a_task_is_asked_by_the_chat_template(run, chatting, tmp_path, more, task, wanted):
+    words = ["evaluate", "run", "--backend", "transformers", "--model", chatting, "--output", tmp_path / "o"]
+    done = run(*words, "--apply-chat-template", *more, "--run", chat_task(tmp_path, **task), "--json")
+    assert done.code == 0, done.err
+    assert "prompts are written by the model's chat template" in json.loads(done.out)["runs"][0]["notes"]
+    folder = next((tmp_path / "o").rglob("run_spec.json")).parent
+    state = json.loads((folder / "scenario_state.json").read_text())["request_states"][0]
+    assert state["request"]["prompt"] == wanted
+    assert json.loads((folder / "run_spec.json").read_text())["chat_template"]["multiturn"] == bool(
+        "--fewshot-as-multiturn" in more
+    )
+    before = json.loads((folder / "stats.json").read_text())
+    assert run("evaluate", "rescore", folder, "--model", chatting).code == 0
+    assert json.loads((folder / "stats.json").read_text()) == before
+
+
+def test_helms_prompts_are_the_users_message(run, chatting, worded, tmp_path):
+    words = ["evaluate", "run", "--backend", "transformers", "--apply-chat-template"]
+    entry = own_table(tmp_path, "a", "one")
+    words_here = [*words, "--model", chatting, "--output", tmp_path / "o", "--run", entry]
+    done = run(*words_here)
+    assert done.code == 0, done.err
+    state = json.loads(next((tmp_path / "o").rglob("scenario_state.json")).read_text())["request_states"][0]
+    assert state["request"]["prompt"] == "<user>Question: one\nAnswer:<assistant>"
+    done = run(*words_here, "--system-instruction", "x")
+    assert done.code == 1
+    assert "chat_template differ" in done.words
+    done = run(*words, "--model", worded, "--output", tmp_path / "p", "--run", entry)
+    assert done.code == 1
+    assert "has no chat template" in done.words
+    assert run(*words[:-1], "--model", chatting, "--output", tmp_path / "q", "--run", entry,
+               "--fewshot-as-multiturn").code == 2  # fmt: skip
+
+
+def test_a_prompt_that_begins_with_the_models_beginning_has_it_once():
+    def tokenizer(text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        ids = [0 if part == "<s>" else 1 for part in text.split("|")]
+        return {"input_ids": [0] * add_special_tokens + ids}
+
+    assert special_encoded(tokenizer, "<s>|rope", "<s>") == [0, 1]
+    assert special_encoded(tokenizer, "rope", "<s>") == [0, 1]
+    assert special_encoded(tokenizer, "rope", "") == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"), [(["--device", "tpu"], "device 'tpu'"), (["--run", "long.yaml"], "another name")]
+)
+def test_a_device_or_a_name_that_cannot_be_is_refused(plainly, tmp_path, monkeypatch, more, words):
+    monkeypatch.chdir(tmp_path)
+    own_table(tmp_path, "long", "one", name="x" * 300)
+    done = plainly("--run", own_table(tmp_path, "a", "one"), *more)
+    assert done.code == 1
+    assert words in done.words
+
+
+def test_a_group_is_run_task_by_task_and_averaged(plainly, tmp_path):
+    chat_task(tmp_path, num_fewshot=0)
+    (tmp_path / "g.yaml").write_text("group: g\ntask: [chat]\naggregate_metric_list: [{metric: acc}]\n")
+    done = plainly("--run", tmp_path / "g.yaml", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    (group,) = told["groups"]
+    assert (group["group"], group["runs"]) == ("g", ["chat"])
+    assert group["averages"]["acc"]["mean"] == told["runs"][0]["intervals"]["acc"]["mean"]
+    assert json.loads((tmp_path / "o" / "groups" / "capstan" / "g.json").read_text()) == group
+    assert "group g" in plainly("--run", tmp_path / "g.yaml").words

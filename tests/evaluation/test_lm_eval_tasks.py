@@ -41,7 +41,7 @@ Write = Callable[..., str]
 def written(tmp_path: Path) -> Write:
     """`written(task, rows, **more)`: the path of a task with its data."""
 
-    def write(task: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = CITIES, **more: Any) -> str:
+    def write(task: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = CITIES, /, **more: Any) -> str:
         (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         path = tmp_path / "task.yaml"
         path.write_text(yaml.safe_dump(dict(task) | more))
@@ -120,11 +120,22 @@ def shown_before(state: RequestState) -> str:
 
 def test_a_question_is_never_among_its_own_examples(written, toy_model):
     for split in ({"fewshot_split": "test"}, {"training_split": "test"}):
-        for sampler in ("default", "first_n"):
-            how = {"num_fewshot": 2, "fewshot_config": {"sampler": sampler}} | split
+        for shown in ({"sampler": "default"}, {"sampler": "first_n"}, {"doc_to_text": "> {{q}}"}):
+            how = {"num_fewshot": 2, "fewshot_config": shown} | split
             for state in states_of(written(CHOICES, **how), toy_model):
                 assert state.num_examples == 2
                 assert state.instance.input not in shown_before(state)
+
+
+def test_a_perturbed_question_does_not_see_itself_unperturbed(written, toy_model):
+    path = written(CHOICES, num_fewshot=2, fewshot_split="test")
+    spec = run_spec_of(f"{path}:data_augmentation=lower")
+    states = prepare(spec, toy_model, scenario=scenario_of(path)).states
+    perturbed = [state for state in states if state.instance.perturbation is not None]
+    assert perturbed
+    for state in perturbed:
+        assert state.num_examples == 2
+        assert state.instance.input not in shown_before(state).lower()
 
 
 def test_examples_are_the_harnesss_draws(written, toy_model):
@@ -188,6 +199,12 @@ def test_examples_go_before_the_context_is_cut_and_the_choice_stays(written):
     state = states_of(written(CHOICES, rows, **how), ToyModel(longest=10))[0]
     assert state.prompt_truncated
     assert state.request.prompt.endswith("0 yes")
+
+
+def test_a_context_without_room_for_a_question_is_refused(written, toy_model):
+    path = written(WORDS, [{"q": "?", "a": "b"}], generation_kwargs={"max_gen_toks": 400})
+    with pytest.raises(InputError, match="leaves no room for a question: 400 new ones"):
+        states_of(path, toy_model)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +327,11 @@ DEEPER = [
     ("filter_list", [{"name": "x", "filter": [{"function": "regex", "pattern": "x"}]}]),
     ("filter_list", [{"name": "x", "filter": [{"function": "take_first_k", "k": "2"}]}]),
     ("filter_list", "take_first"),
+    ("filter_list", [{"name": "x", "filter": [{"function": "take_first_k", "k": 0}]}]),
+    ("filter_list", [{"name": "x", "filter": [{"function": "map", "kwargs": 3}]}]),
+    ("test_split", ["test"]),
+    ("task", 3),
+    ("task", ""),
     ("metric_list", [{"metric": "exact_match", "ignore_space": True}]),
     ("metric_list", [{"metric": "exact_match", "ignore_case": "yes"}]),
     ("metric_list", [{"metric": "exact_match", "aggregation": "median"}]),
@@ -360,3 +382,19 @@ def test_an_empty_context_is_the_models_own_beginning(written, toy_model):
     assert toy_model.limits == Limits(max_sequence_length=399, max_request_length=400, prefix_token="<s>")
     state = states_of(written(CHOICES, doc_to_text=""), toy_model)[0]
     assert state.request.prompt == "<s> Paris"
+
+
+def test_the_pages_task_is_asked_as_it_says(tmp_path, toy_model):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (text,) = [block.split("```")[0] for block in page.split("```yaml\n") if block.startswith("task: ropes")]
+    (tmp_path / "ropes.yaml").write_text(text)
+    for name, count in (("train", 3), ("test", 1)):
+        rows = [{"question": f"{name} {at}?", "answer": f"So. #### {at}"} for at in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = str(tmp_path / "ropes.yaml")
+    (state,) = states_of(path, toy_model)
+    draw = random.Random(1234).sample(range(3), 2)
+    shots = "".join(f"Q: train {at}?\nA: So. #### {at}\n\n" for at in draw)
+    assert state.request.prompt == f"Sums about ropes.\n\n{shots}Q: test 0?\nA:"
+    assert (state.request.stop_sequences, state.request.max_tokens) == (("\n\n",), 64)
+    assert scenario_of(path).main_metric == "exact_match,strict"

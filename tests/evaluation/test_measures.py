@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from capstan.errors import InputError
 from capstan.evaluation import bootstrap
@@ -20,7 +21,12 @@ from capstan.evaluation.metrics.efficiency import RuntimeProfile
 from capstan.evaluation.metrics.math_equivalence import boxed, is_equivalent
 from capstan.evaluation.metrics.ranking import ranking_measure
 from capstan.evaluation.metrics.summarization import extractiveness
-from capstan.evaluation.metrics.text_match import f1_score, quasi_exact_match
+from capstan.evaluation.metrics.text_match import (
+    f1_score,
+    gsm8k_flexible_match,
+    gsm8k_strict_match,
+    quasi_exact_match,
+)
 from capstan.evaluation.models import Token
 from capstan.evaluation.shared_prefixes import common_length, groups_of
 from capstan.evaluation.toxicity_fit import ToxicityScorer, fit_scorer
@@ -137,3 +143,58 @@ def test_a_toxicity_scorer_tells_held_out_comments_apart_and_has_a_card(tmp_path
     (tmp_path / "bad.json").write_text('{"format": "x"}')
     with pytest.raises(InputError, match=r"another version|damaged"):
         ToxicityScorer.load(tmp_path / "bad.json")
+
+
+@given(st.integers(0, 200), st.integers(2, 200))
+def test_shares_of_right_answers_have_wilsons_interval(right, count):
+    right = min(right, count)
+    found = bootstrap([1.0] * right + [0.0] * (count - right))
+    wanted = binomtest(right, count).proportion_ci(method="wilson")
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+    assert 0 <= found.low <= found.mean <= found.high <= 1
+    assert found.half_width > 0
+
+
+def test_values_that_are_all_the_same_are_not_known_for_sure():
+    assert bootstrap([0.0] * 50).high == pytest.approx(0.0714, abs=1e-3)
+    assert bootstrap([1.0] * 50).low == pytest.approx(0.9286, abs=1e-3)
+    assert bootstrap([0.25] * 50).half_width > 0.05
+    assert bootstrap([7.0] * 50).half_width == 0  # a count, not a share
+    same = {(f"id{at}", "", 0): float(at % 2) for at in range(50)}
+    found = paired("run", "exact_match", same, same).interval
+    assert (found.low, found.high) == pytest.approx((-0.0714, 0.0714), abs=1e-3)
+    worse = paired("run", "exact_match", dict.fromkeys(same, 1.0), dict.fromkeys(same, 0.0))
+    assert worse.interval.low == -1.0
+    assert worse.interval.high == pytest.approx(-0.857, abs=1e-3)
+
+
+GOLD = "She sold 48/2 = 24 clips in May. The answer is 72."
+
+
+@pytest.mark.parametrize(
+    ("answer", "strict", "flexible"),
+    [
+        ("The answer is 72.", 1, 1),
+        ("The answer is 72", 1, 1),
+        ("The answer is 72 clips.", 1, 1),
+        ("so 72\n#### 72", 1, 1),
+        ("The answer is 72.\nQuestion: next 5. The answer is 9.", 1, 1),
+        ("72", 0, 1),
+        ("It is 72 clips, altogether.", 0, 1),
+        ("The answer is $72.00.", 0, 1),
+        ("\\boxed{72}", 0, 1),
+        ("**72**", 0, 1),
+        ("The answer is 72. Or 73.", 1, 0),
+        ("The answer is -72.", 0, 0),
+        ("none", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_sums_are_judged_by_the_originals_rule_and_by_the_last_number(answer, strict, flexible):
+    assert gsm8k_strict_match(GOLD, answer) == strict
+    assert gsm8k_flexible_match(GOLD, answer) == flexible
+
+
+def test_thousands_may_have_commas():
+    assert gsm8k_strict_match("The answer is 1,200.", "#### 1200") == 1
+    assert gsm8k_flexible_match("The answer is 1200.", "about 1,200 ropes") == 1

@@ -1,22 +1,22 @@
 """`capstan evaluate`: what a model can do, and what a relaxation costs."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from capstan.cli.evaluation_backends import opened_model
+from capstan.cli.evaluation_table import show_runs
 from capstan.cli.progress import show_progress
 from capstan.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from capstan.evaluation import Difference, Evaluated, LanguageModel, RunSpec, Scenario
-    from capstan.plans import Plan, Trace
+    from capstan.evaluation import Chat, Difference, Evaluated, GroupOfRuns, RunSpec, Scenario
 
 app = typer.Typer(
     help="Measure a model by HELM's scenarios, and compare two evaluations instance by instance.",
@@ -87,6 +87,16 @@ def run(
     toxicity_scorer: ScorerOption = None,
     runtime_profile: ProfileOption = None,
     allow_code_execution: CodeOption = False,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Write prompts by the model's chat template.")
+    ] = False,
+    system_instruction: Annotated[
+        str | None, typer.Option(help="With --apply-chat-template: what the system's message says.")
+    ] = None,
+    fewshot_as_multiturn: Annotated[
+        bool,
+        typer.Option("--fewshot-as-multiturn", help="With it: each example of a task is a turn of its own."),
+    ] = False,
     explain: ExplainOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -96,17 +106,27 @@ def run(
 
     Answers are kept as they come: stopped or killed, the same command goes on where it was.
     """
-    from capstan.evaluation import AnswerStore, Evaluator, write_run
+    from capstan.evaluation import (
+        AnswerStore,
+        Evaluator,
+        group_reports,
+        require_own_folder,
+        write_groups,
+        write_run,
+    )
     from capstan.evaluation.planning import asked_by, plan_evaluation, trace_evaluation
+    from capstan.evaluation.run_folder import plain_json
     from capstan.evaluation.running import prepare
     from capstan.plans import explain as explain_plan
 
     errors = Console(stderr=True, highlight=False)
-    wanted = _wanted(run_entry or [], suite, size, data_root, trials)
+    chat = _chat(apply_chat_template, system_instruction, fewshot_as_multiturn)
+    wanted, groups = _wanted(run_entry or [], suite, size, data_root, trials)
+    wanted = [(replace(spec, chat=chat), own) for spec, own in wanted]
     width = _until(until)
     memory = {"device": device, "device_memory": device_memory, "host_memory": host_memory, "disk": disk}
     bits = {"weight_bits": weight_bits, "cache_bits": cache_bits}
-    with _opened(model, backend, url=url, tokenizer=tokenizer, **memory, **bits) as opened:
+    with opened_model(model, backend, url=url, tokenizer=tokenizer, **memory, **bits) as opened:
         if explain:
             asked = [
                 asked_by(prepare(spec, opened, root=data_root, scenario=own, uses_hub=hub), opened)
@@ -114,8 +134,10 @@ def run(
             ]
             plan = plan_evaluation(asked, model=opened.name, machine="this machine")
             shown = {"verb": "evaluate", "plan": plan.to_dict(), "trace": None}
-            typer.echo(json.dumps(shown) if as_json else explain_plan(plan))
+            typer.echo(plain_json(shown) if as_json else explain_plan(plan))
             return
+        for spec, _ in wanted:
+            require_own_folder(spec, opened.identity, output / "runs" / name)
         resources = _resources(toxicity_scorer, runtime_profile, data_root, allow_code_execution)
         with AnswerStore(output / "answers.jsonl") as store:
             if store.num_damaged:
@@ -136,24 +158,51 @@ def run(
         asked = [asked_by(each, opened) for each in done]
         plan = plan_evaluation(asked, model=opened.name, machine="this machine")
         trace = trace_evaluation(done, opened, machine="this machine")
-    _show(done, plan, trace, output, as_json)
+    averages = group_reports(groups, done)
+    write_groups(averages, output / "groups" / name)
+    show_runs(done, averages, plan, trace, output, as_json=as_json)
 
 
 def _wanted(
     entries: list[str], suite: str | None, size: int | None, root: Path, trials: int | None
-) -> list[tuple["RunSpec", "Scenario"]]:
-    from capstan.evaluation import run_spec_of, suite_entries
-    from capstan.evaluation.scenarios import parse_entry, scenario_of
+) -> tuple[list[tuple["RunSpec", "Scenario"]], list["GroupOfRuns"]]:
+    """All runs with their scenarios, and which of them belong to a group of tasks."""
+    from capstan.evaluation import GroupOfRuns, run_spec_of, suite_entries
+    from capstan.evaluation.run_folder import folder_name
+    from capstan.evaluation.scenarios import group_of, parse_entry, scenario_of
 
     entries = entries + (suite_entries(suite, size=size) if suite else [])
     if not entries:
         raise UsageError("Say what to run: --run ENTRY (several times if you like) or --suite NAME.")
-    found = []
+    found: list[tuple[RunSpec, Scenario]] = []
+    groups = []
     for entry in entries:
-        spec = run_spec_of(entry, root=root)
-        spec = spec.with_adapter(num_train_trials=trials) if trials else spec
-        found.append((spec, scenario_of(*parse_entry(entry))))
-    return found
+        group = group_of(entry)
+        owns = group.scenarios if group is not None else (scenario_of(*parse_entry(entry)),)
+        specs = [run_spec_of(entry, root=root, scenario=own) for own in owns]
+        specs = [spec.with_adapter(num_train_trials=trials) if trials else spec for spec in specs]
+        found += zip(specs, owns, strict=True)
+        if group is not None:
+            names = {own.name: spec.name for spec, own in zip(specs, owns, strict=True)}
+            groups += [GroupOfRuns(group=each, runs=names) for each in group.all_groups]
+    by_folder: dict[str, RunSpec] = {}
+    for spec, _ in found:
+        if by_folder.setdefault(folder_name(spec.name), spec) != spec:
+            raise UsageError(
+                f"Two different runs are called {spec.name}: one folder cannot hold both. Rename one, or run "
+                "them with two --output."
+            )
+    return found, groups
+
+
+def _chat(applies: bool, system: str | None, multiturn: bool) -> "Chat | None":
+    from capstan.evaluation import Chat
+
+    if not applies:
+        if system is not None or multiturn:
+            raise UsageError("--system-instruction and --fewshot-as-multiturn go with --apply-chat-template.")
+        return None
+    return Chat(system_instruction=system or "", multiturn=multiturn)
 
 
 def _until(told: str | None) -> float | None:
@@ -164,7 +213,7 @@ def _until(told: str | None) -> float | None:
         width = float(value)
     except ValueError:
         width = 0.0
-    if kind != "ci" or width <= 0:
+    if kind != "ci" or not 0 < width < math.inf:
         raise UsageError(f"--until wants ci= and a half width such as ci=0.02, not {told!r}.")
     return width
 
@@ -196,43 +245,18 @@ def _run_until(
         count = min(count * _GROWTH, most) if most is not None else count * _GROWTH
 
 
-@contextmanager
-def _opened(model: str, backend: str, **how: Any) -> Iterator["LanguageModel"]:
-    if backend == "server":
-        from capstan.evaluation.server_model import ServerModel
-
-        if not how["url"]:
-            raise UsageError("A server needs its address: --url http://127.0.0.1:8000/v1")
-        yield ServerModel(how["url"], model, tokenizer=how["tokenizer"])
-        return
-    from capstan.cli.generate import quieten_transformers
-
-    quieten_transformers()
-    if backend == "transformers":
-        from capstan.evaluation.transformers_model import TransformersModel
-
-        yield TransformersModel(model, device="cpu" if how["device"] == "auto" else how["device"])
-        return
-    if backend != "engine":
-        raise UsageError(f"--backend is engine, transformers or server, not {backend!r}.")
-    from capstan.cli.engine_model import EngineModel
-    from capstan.generation import Engine
-
-    given = ("device", "device_memory", "host_memory", "disk", "weight_bits", "cache_bits")
-    with Engine.open(model, **{key: how[key] for key in given}) as engine:
-        yield EngineModel(engine, bits=f"weights {how['weight_bits']}, cache {how['cache_bits']}")
-
-
 def _resources(
     scorer: Path | None, runtime_profile: str | None, root: Path, allow_code: bool
 ) -> dict[str, Any]:
+    from capstan.evaluation import DataFolder
     from capstan.evaluation.metrics.efficiency import read_runtime_profile
     from capstan.evaluation.toxicity_fit import ToxicityScorer
 
-    targets = {}
-    for kind in ("adjective", "profession"):
-        path = root / "bias" / f"{kind}.txt"
-        targets[kind] = path.read_text().split() if path.exists() else []
+    words = DataFolder(folder=root / "bias")
+    targets = {
+        kind: words.text(f"{kind}.txt").split() if words.exists(f"{kind}.txt") else []
+        for kind in ("adjective", "profession")
+    }
     loaded = ToxicityScorer.load(scorer) if scorer is not None else None
     profile = read_runtime_profile(runtime_profile) if runtime_profile is not None else None
     return {
@@ -241,30 +265,6 @@ def _resources(
         "bias_targets": targets,
         "idealised_runtime": profile,
     }
-
-
-def _show(done: list["Evaluated"], plan: "Plan", trace: "Trace", output: Path, as_json: bool) -> None:
-    from capstan.evaluation.run_folder import report_of
-
-    reports = [report_of(each) for each in done]
-    if as_json:
-        accounts = {"plan": plan.to_dict(), "trace": trace.to_dict()}
-        shown = {"verb": "evaluate", "output": str(output), "runs": reports} | accounts
-        typer.echo(json.dumps(shown, default=str))
-        return
-    table = Table("run", "metric", "value", "95 % interval", "instances", "seconds")
-    for report in reports:
-        found = report["intervals"].get(report["main_metric"])
-        cells = ("n/a", "", "") if found is None else (
-            f"{found['mean']:.3f}", f"{found['low']:.3f} … {found['high']:.3f}", f"{found['count']:,}"
-        )  # fmt: skip
-        table.add_row(report["run"], report["main_metric"], *cells, f"{report['seconds']:.1f}")
-    console = Console(highlight=False)
-    console.print(table)
-    for report in reports:
-        for note in report["notes"]:
-            console.print(f"{report['run'].partition(':')[0]}: {note}", markup=False)
-    console.print(f"{output}: {len(reports)} runs.", markup=False)
 
 
 @app.command("compare")
@@ -281,15 +281,16 @@ def compare(
     """
     from capstan.evaluation import compare_folders
     from capstan.evaluation.comparison import run_key
+    from capstan.evaluation.run_folder import plain_json, read_report
 
     metrics = {}
     for report in [*a.rglob("capstan.json"), *b.rglob("capstan.json")]:
-        metrics[run_key(report.parent.name)] = metric or json.loads(report.read_text()).get("main_metric", "")
+        metrics[run_key(report.parent.name)] = metric or read_report(report.parent).get("main_metric", "")
     found = compare_folders(a, b, metrics=metrics)
     if not found:
         raise InputError(f"{a} and {b} share no run with the metric {metric or 'of their reports'}.")
     if as_json:
-        typer.echo(json.dumps({"verb": "evaluate compare", "runs": [each.to_dict() for each in found]}))
+        typer.echo(plain_json({"verb": "evaluate compare", "runs": [each.to_dict() for each in found]}))
         return
     Console(highlight=False).print(comparison_table(found))
 
@@ -300,7 +301,7 @@ def comparison_table(found: list["Difference"]) -> Table:
     for each in found:
         low, high = each.interval.low, each.interval.high
         table.add_row(
-            each.run.partition(":")[0],
+            escape(each.run.partition(":")[0]),
             each.metric,
             f"{each.a:.3f}",
             f"{each.b:.3f}",
@@ -320,9 +321,11 @@ def rescore(
     toxicity_scorer: ScorerOption = None,
     runtime_profile: ProfileOption = None,
     allow_code_execution: CodeOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compute the metrics of answered runs again, without the model: ours or crfm-helm's."""
     from capstan.evaluation import Evaluated, measure, read_run, write_run
+    from capstan.evaluation.run_folder import plain_json, read_report, report_of
     from capstan.evaluation.tokenizer_only import TokenizerOnly
 
     counted = TokenizerOnly(model)
@@ -330,10 +333,10 @@ def rescore(
     folders = [path.parent for path in sorted(folder.rglob("scenario_state.json"))]
     if not folders:
         raise InputError(f"There is no run below {folder}: no scenario_state.json.")
+    reports = []
     for each in folders:
         spec, states = read_run(each)
-        report = each / "capstan.json"
-        told = json.loads(report.read_text()) if report.exists() else {}
+        told = read_report(each)
         evaluated = Evaluated(
             spec=spec,
             states=states,
@@ -342,9 +345,15 @@ def rescore(
             notes=tuple(told.get("notes", ())),
             main_metric=told.get("main_metric", ""),
             main_split=told.get("main_split", ""),
+            shown_metrics=tuple(told.get("shown_metrics", ())),
+            model_identity=told.get("model_identity", ""),
         )
         write_run(evaluated, each.parent)
-        typer.echo(f"{each}: {len(evaluated.measurement.stats):,} statistics")
+        reports.append(report_of(evaluated))
+        if not as_json:
+            typer.echo(f"{each}: {len(evaluated.measurement.stats):,} statistics")
+    if as_json:
+        typer.echo(plain_json({"verb": "evaluate rescore", "runs": reports}))
 
 
 @app.command("list")
@@ -369,8 +378,9 @@ def toxicity(
     limit: Annotated[int | None, typer.Option(help="Read so many rows.")] = None,
 ) -> None:
     """Fit a toxicity scorer from labelled comments, with a card of how well it does."""
+    from capstan.evaluation.run_folder import plain_json
     from capstan.evaluation.toxicity_fit import fit_scorer
 
     scorer = fit_scorer(labelled, name=name, limit=limit)
     scorer.save(output)
-    typer.echo(json.dumps(scorer.card, indent=1))
+    typer.echo(plain_json(scorer.card))

@@ -25,10 +25,17 @@ from capstan.evaluation.models import (
     Token,
 )
 from capstan.evaluation.perturbations import Perturbation
-from capstan.evaluation.run_folder import read_run, write_run
+from capstan.evaluation.run_folder import (
+    GroupOfRuns,
+    group_reports,
+    read_run,
+    require_own_folder,
+    write_groups,
+    write_run,
+)
 from capstan.evaluation.running import Evaluated, Evaluator, answer, measure, prepare
 from capstan.evaluation.scenarios import SCENARIOS, DataFolder, Scenario, run_spec_of
-from capstan.evaluation.specs import AdapterSpec, MetricSpec, PerturbationSpec, RunSpec, ScenarioSpec
+from capstan.evaluation.specs import AdapterSpec, Chat, MetricSpec, PerturbationSpec, RunSpec, ScenarioSpec
 from capstan.evaluation.suites import SUITES, suite_entries
 
 __all__ = [
@@ -36,11 +43,13 @@ __all__ = [
     "SUITES",
     "AdapterSpec",
     "AnswerStore",
+    "Chat",
     "Completion",
     "DataFolder",
     "Difference",
     "Evaluated",
     "Evaluator",
+    "GroupOfRuns",
     "Instance",
     "Interval",
     "LanguageModel",
@@ -66,10 +75,13 @@ __all__ = [
     "answer",
     "bootstrap",
     "compare_folders",
+    "group_reports",
     "measure",
     "prepare",
     "read_run",
+    "require_own_folder",
     "run_spec_of",
     "suite_entries",
+    "write_groups",
     "write_run",
 ]

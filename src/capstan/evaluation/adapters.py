@@ -12,7 +12,7 @@ from capstan.evaluation.examples import choose_examples
 from capstan.evaluation.instances import EVAL_SPLITS, TRAIN, Instance
 from capstan.evaluation.models import LanguageModel, Request, Result
 from capstan.evaluation.prompts import ModelRoom, Prompt, Room, fitted
-from capstan.evaluation.specs import AdapterSpec, Method
+from capstan.evaluation.specs import SCORED, AdapterSpec, Method
 from capstan.evaluation.windows import text_windows
 
 _NO_ANSWER = "n/a"
@@ -202,6 +202,7 @@ def _prompt(
     asking: _Asking, instance: Instance, write: Write, *, answered: bool = False, reference: int | None = None
 ) -> Prompt:
     spec = asking.spec
+    spec = replace(spec, max_tokens=0) if spec.method in SCORED else spec
     examples = tuple(write(spec, example, True, None) for example in asking.examples)
     question = write(spec, instance, answered, reference)
     return fitted(Prompt(spec=spec, examples=examples, question=question), asking.room)
@@ -296,8 +297,8 @@ def _ranking(asking: _Asking, instance: Instance) -> Iterator[RequestState]:
 def _language_modeling(asking: _Asking, instance: Instance) -> Iterator[RequestState]:
     if asking.examples:
         raise InputError("Language modelling takes no training instances; give splits valid or test only.")
-    for window in text_windows(instance.input, asking.model, num_new=asking.spec.max_tokens):
-        request = Request(prompt=window.text, max_tokens=asking.spec.max_tokens, echo=True)
+    for window in text_windows(instance.input, asking.model, num_new=0):
+        request = Request(prompt=window.text, max_tokens=0, echo=True)
         yield RequestState(
             instance=instance, request=request, num_conditioning_tokens=window.num_conditioning_tokens
         )

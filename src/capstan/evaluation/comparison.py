@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from capstan.errors import InputError
-from capstan.evaluation.intervals import Interval, bootstrap
+from capstan.evaluation.intervals import Interval, resampled, wilson
 
 Key = tuple[str, str, int]
 """Instance, perturbation (as JSON, empty for none), trial."""
@@ -77,11 +77,24 @@ def paired(run: str, metric: str, a: Mapping[Key, float], b: Mapping[Key, float]
         metric=metric,
         a=sum(x for x, _ in means) / len(means),
         b=sum(y for _, y in means) / len(means),
-        interval=bootstrap(differences),
+        interval=_interval(means),
         num_higher=higher,
         num_lower=lower,
         sign_p=float(binomtest(higher, count).pvalue) if count else 1.0,
     )
+
+
+def _interval(means: list[tuple[float, float]]) -> Interval:
+    """The mean difference's interval. Where none of n answers changed, still up to Wilson's share may."""
+    differences = [y - x for x, y in means]
+    is_share = all(0 <= value <= 1 for pair in means for value in pair)
+    if len(means) > 1 and is_share and not any(differences):
+        bound = wilson(0.0, len(means)).high
+        return Interval(0.0, -bound, bound, len(means))
+    if len(means) > 1 and is_share and len(set(differences)) == 1:
+        scaled = wilson((differences[0] + 1) / 2, len(means))
+        return Interval(differences[0], 2 * scaled.low - 1, 2 * scaled.high - 1, len(means))
+    return resampled(differences)
 
 
 def read_values(folder: Path) -> dict[str, dict[Key, float]]:

@@ -1,11 +1,16 @@
-"""How sure a mean is: bootstrap intervals over instances, and stopping when they are narrow enough.
+"""How sure a mean is: intervals over instances, and stopping when they are narrow enough.
+
+    Wilson: (p + z²/2n ± z √(p (1 − p) / n + z²/4n²)) / (1 + z²/n)
 
 Source: Efron 1979, the percentile bootstrap; instances are drawn with replacement, all values of one instance
-(its trials) together.
+(its trials) together. Wilson 1927 where answers are right or wrong, and where all values are the same number
+from 0 to 1: draws of them never differ, so a bootstrap would call a mean known after two.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +40,18 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: Sequence[float], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Interval:
-    """The interval of the mean of independent values; of fewer than two it is everything."""
+    """The interval of the mean of independent values; of fewer than two it is everything.
+
+    Shares of right answers, and equal values from 0 to 1, have Wilson's interval.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) > 1 and (np.isin(x, (0.0, 1.0)).all() or (0 <= x.min() == x.max() <= 1)):
+        return wilson(float(x.mean()), len(x))
+    return resampled(values, num_resamples=num_resamples, seed=seed)
+
+
+def resampled(values: Sequence[float], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Interval:
+    """The percentile bootstrap's interval of the mean; of fewer than two values it is everything."""
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2:
         return Interval(float(x.mean()) if len(x) else 0.0, -np.inf, np.inf, len(x))
@@ -47,6 +63,15 @@ def bootstrap(values: Sequence[float], *, num_resamples: int = NUM_RESAMPLES, se
         means[start : start + size] = x[rng.integers(len(x), size=(size, len(x)))].mean(axis=1)
     low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return Interval(float(x.mean()), float(low), float(high), len(x))
+
+
+def wilson(share: float, num: int) -> Interval:
+    """The 95 % interval of a share of `num` answers."""
+    z2 = NormalDist().inv_cdf((1 + _LEVEL) / 2) ** 2
+    middle = (share + z2 / (2 * num)) / (1 + z2 / num)
+    half = math.sqrt(z2 * (share * (1 - share) / num + z2 / (4 * num**2))) / (1 + z2 / num)
+    # At 0 and 1 the nearer end is exact but for rounding.
+    return Interval(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)), num)
 
 
 def instance_means(

@@ -7,16 +7,18 @@ per_instance_stats.json; helm-summarize and helm-server take it. What is None or
 
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from capstan.errors import InputError
 from capstan.evaluation.adapters import RequestState
 from capstan.evaluation.instances import Instance, PerturbationDescription, Reference
-from capstan.evaluation.intervals import interval_of
+from capstan.evaluation.intervals import Interval, interval_of
 from capstan.evaluation.models import Completion, Request, Result, Token
 from capstan.evaluation.running import Evaluated
-from capstan.evaluation.scenarios import SCENARIOS
+from capstan.evaluation.scenarios import SCENARIOS, TaskGroup
 from capstan.evaluation.specs import (
     AdapterSpec,
     AugmenterSpec,
@@ -29,17 +31,21 @@ from capstan.evaluation.specs import (
 from capstan.storage import write_atomically
 
 REPORT = "capstan.json"
+_LONGEST_NAME = 255  # bytes, on the file systems in use
 
 
 def folder_name(run: str) -> str:
     """A run's name as a folder's."""
-    return run.replace("/", "_")
+    return run.replace("/", "_").replace("\0", "_") or "_"
 
 
 def write_run(evaluated: Evaluated, suite_folder: Path) -> Path:
     """Write a run's folder; each file under another name first, so that none is half."""
     folder = suite_folder / folder_name(evaluated.spec.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}. Name another --output.") from error
     spec, found = evaluated.spec, evaluated.measurement
     _write(folder / "run_spec.json", spec.to_dict())
     _write(folder / "scenario.json", _scenario(spec))
@@ -54,6 +60,64 @@ def write_run(evaluated: Evaluated, suite_folder: Path) -> Path:
     return folder
 
 
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report in a run's folder; empty where crfm-helm wrote the run.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = folder / REPORT
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}. Run the evaluation again, or delete it.") from error
+    if not isinstance(told, dict):
+        raise InputError(f"{path} is damaged: it holds no object. Run the evaluation again, or delete it.")
+    return told
+
+
+def require_own_folder(spec: RunSpec, identity: str, suite_folder: Path) -> None:
+    """Refuse to put a run where another one lies: of another model, in other bits, or of another task.
+
+    Raises:
+        InputError: there is such a run; says where.
+    """
+    folder = suite_folder / folder_name(spec.name)
+    if len(folder.name.encode(errors="surrogatepass")) > _LONGEST_NAME:
+        raise InputError(f"{folder.name[:60]}… is too long for a folder's name. Give the run another name.")
+    if not (folder / "run_spec.json").exists():
+        return
+    there, wanted = _json_of(folder / "run_spec.json"), _plain(spec.to_dict())
+    before = read_report(folder).get("model_identity", identity)
+    differing = [name for name in wanted if _kept(there.get(name), name) != _kept(wanted[name], name)]
+    if "chat_template" in there and "chat_template" not in wanted:
+        differing.append("chat_template")
+    if before != identity:
+        differing.append("model")
+    if differing:
+        raise InputError(
+            f"{folder} holds another run of that name: {', '.join(differing)} differ. Name another --output "
+            "or --name, or delete that folder."
+        )
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}. Delete its folder.") from error
+
+
+def _kept(value: Any, name: str) -> Any:
+    """What tells a run from another: not how many instances it has been asked, nor the model's name."""
+    if name != "adapter_spec" or not isinstance(value, dict):
+        return value
+    left_out = ("max_eval_instances", "model", "model_deployment")
+    return {key: each for key, each in value.items() if key not in left_out}
+
+
 def report_of(evaluated: Evaluated) -> dict[str, Any]:
     """Means with intervals, the time, and what a reader must know."""
     found = evaluated.measurement
@@ -64,14 +128,53 @@ def report_of(evaluated: Evaluated) -> dict[str, Any]:
         intervals = {name: interval_of(found, name) for name in names}
     return {
         "run": evaluated.spec.name,
+        "model_identity": evaluated.model_identity,
         "main_metric": evaluated.main_metric,
         "main_split": evaluated.main_split,
+        "shown_metrics": list(evaluated.shown_metrics),
         "seconds": evaluated.seconds,
         "num_requests": len(evaluated.states),
         "num_asked": evaluated.num_asked,
         "notes": list(evaluated.notes),
         "intervals": {name: each.to_dict() for name, each in intervals.items() if each is not None},
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOfRuns:
+    """A group of tasks, and the runs of its tasks by the tasks' names."""
+
+    group: TaskGroup
+    runs: Mapping[str, str]
+
+
+def group_reports(groups: Sequence[GroupOfRuns], done: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    """Of each group: its runs and its averages with intervals, by metric."""
+    by_run = {each.spec.name: each for each in done}
+    reports = []
+    for each in groups:
+        own = {scenario.name: by_run[each.runs[scenario.name]] for scenario in each.group.scenarios}
+        averages = {}
+        for aggregate in each.group.aggregates:
+            figures = {name: _figure(run, aggregate.metric) for name, run in own.items()}
+            found = aggregate.of({name: figure for name, figure in figures.items() if figure is not None})
+            averages[aggregate.metric] = found.to_dict() if found is not None else None
+        reports.append(
+            {"group": each.group.name, "runs": [run.spec.name for run in own.values()], "averages": averages}
+        )
+    return reports
+
+
+def _figure(run: Evaluated, metric: str) -> Interval | None:
+    """A task's figure; of a task with one pipeline also where the group names that pipeline."""
+    return interval_of(run.measurement, metric) or interval_of(run.measurement, metric.partition(",")[0])
+
+
+def write_groups(reports: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write each group's report into a file of its name."""
+    for each in reports:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / f"{folder_name(each['group'])}.json", each)
 
 
 def _scenario(spec: RunSpec) -> dict[str, Any]:
@@ -83,6 +186,23 @@ def _scenario(spec: RunSpec) -> dict[str, Any]:
         "tags": [],
         "definition_path": spec.scenario_spec.class_name,
     }
+
+
+def plain_json(content: Any) -> str:
+    """Content as one line of JSON; what has no number there, such as the width of one value, is null."""
+    return json.dumps(_plain(content), allow_nan=False)
+
+
+def _plain(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_plain(each) for each in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, (str, int, float, bool, type(None))):
+        return content
+    return _plain(content.item()) if hasattr(content, "item") else str(content)
 
 
 def _write(path: Path, content: Any) -> None:

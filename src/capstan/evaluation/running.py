@@ -23,7 +23,7 @@ from capstan.evaluation.models import Completion, LanguageModel, Pair, Result, S
 from capstan.evaluation.perturbations import WordFiles, augmented
 from capstan.evaluation.scenarios import Scenario, load_instances
 from capstan.evaluation.scenarios.lm_eval_tasks import TASK_CLASS
-from capstan.evaluation.specs import RunSpec
+from capstan.evaluation.specs import SCORED, RunSpec
 from capstan.evaluation.task_prompts import adapt_task
 
 OnAnswered = Callable[[int, int], None]
@@ -54,6 +54,8 @@ class Evaluated:
     notes: tuple[str, ...] = ()
     main_metric: str = ""
     main_split: str = ""
+    shown_metrics: tuple[str, ...] = ()
+    model_identity: str = ""
 
 
 def sampled(instances: Sequence[Instance], count: int | None) -> list[Instance]:
@@ -229,6 +231,8 @@ class Evaluator:
             notes=_notes(prepared, states, self.resources),
             main_metric=scenario.main_metric if scenario is not None else "",
             main_split=scenario.main_split if scenario is not None else "",
+            shown_metrics=scenario.shown_metrics if scenario is not None else (),
+            model_identity=self.model.identity,
         )
 
 
@@ -251,6 +255,11 @@ def _notes(
         notes.append("toxicity: n/a, no scorer was given")
     if metrics & {"APPSMetric"} and not resources.get("allow_code_execution"):
         notes.append("programs were not run; --allow-code-execution runs them")
+    asked = prepared.spec.adapter_spec
+    if asked.method in SCORED and (asked.temperature or asked.max_tokens or asked.stop_sequences):
+        notes.append("temperature, max_tokens and stop mean nothing: answers are scored, not generated")
+    if prepared.spec.chat is not None and asked.method != "language_modeling":
+        notes.append("prompts are written by the model's chat template")
     truncated = sum(state.prompt_truncated for state in states)
     if truncated:
         notes.append(f"{truncated:,} of {len(states):,} prompts did not fit and were cut")

@@ -3,6 +3,7 @@
 All are plain frozen data which name what they mean, so that a run can be written down, hashed and made again.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -28,6 +29,12 @@ METHODS: tuple[Method, ...] = (
     "language_modeling",
     "ranking_binary",
 )
+SCORED: tuple[Method, ...] = (
+    "multiple_choice_separate_original",
+    "multiple_choice_separate_calibrated",
+    "language_modeling",
+)
+"""Those that generate nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,10 @@ class AdapterSpec:
         for name in ("max_train_instances", "max_tokens"):
             if getattr(self, name) < 0:
                 raise UsageError(f"An adapter needs {name} of at least 0, not {getattr(self, name)}.")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"An adapter needs a temperature of 0 or more, not {self.temperature}.")
+        if self.max_eval_instances is not None and self.max_eval_instances < 1:
+            raise UsageError(f"max_eval_instances must be at least 1, not {self.max_eval_instances}.")
         for name in ("num_outputs", "num_train_trials", "num_trials"):
             if getattr(self, name) < 1:
                 raise UsageError(f"An adapter needs {name} of at least 1, not {getattr(self, name)}.")

@@ -94,7 +94,7 @@ def _draws(
 
 
 def _same(one: Instance, other: Instance) -> bool:
-    return one.input == other.input and one.references == other.references
+    return not set(one.extra["document"]).isdisjoint(other.extra["document"])
 
 
 def _answer(example: Instance) -> str:
@@ -111,7 +111,8 @@ def _shown(spec: AdapterSpec, example: Instance, prefix: str) -> str:
 
 
 def _context(task: _Task, question: Instance, examples: Sequence[Instance]) -> str:
-    spec, description = task.spec, str(question.extra.get("description", ""))
+    spec = task.spec
+    description = spec.instructions + str(question.extra.get("description", ""))
     begun = str(question.extra.get("gen_prefix", ""))
     prefix = f"{begun} " if begun else ""
     if task.chat is None:
@@ -173,7 +174,8 @@ def _fitted(
     task: _Task, question: Instance, examples: Sequence[Instance], continuation: str
 ) -> tuple[str, int, bool]:
     """The context that leaves room for what follows, how many examples it shows, whether it was cut."""
-    model, longest = task.model, task.model.limits.max_request_length - task.spec.max_tokens
+    model, longest = task.model, task.model.limits.max_request_length
+    longest -= 0 if continuation else task.spec.max_tokens
 
     def fits(text: str) -> bool:
         return len(text.encode(errors="surrogatepass")) <= longest or len(model.encode(text)) <= longest
@@ -182,6 +184,11 @@ def _fitted(
         context = _context(task, question, examples[:count]) or model.limits.prefix_token
         if fits(context + continuation):
             return context, count, False
+    if not fits(continuation) or longest < 1:
+        raise InputError(
+            f"{model.name} takes {model.limits.max_request_length:,} tokens, which leaves no room for a "
+            f"question: {task.spec.max_tokens:,} new ones are asked for, or a choice is longer."
+        )
     tokens = model.encode(context)
     while tokens and not fits(model.decode(tokens) + continuation):
         tokens = tokens[max(1, len(model.encode(model.decode(tokens) + continuation)) - longest) :]

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from capstan.errors import InputError, require_extra
+from capstan.errors import DeviceError, InputError, require_extra
 from capstan.evaluation.chat import templated
 from capstan.evaluation.models import (
     Completion,
@@ -102,7 +102,10 @@ class TransformersModel:
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype or "auto")
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"transformers cannot load {folder}: {error}") from error
-        self._model = model.eval().to(device)
+        try:
+            self._model = model.eval().to(device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            raise DeviceError(f"{folder} cannot be put on the device {device!r}: {error}") from error
         self._device, self._batch_tokens, self._shares_prefixes = device, batch_tokens, shares_prefixes
         self.limits = limits_of(model.config, self.tokenizer)
         self._stops = self._stop_tokens(model)

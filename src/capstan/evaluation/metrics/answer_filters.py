@@ -108,6 +108,8 @@ def take_first() -> Step:
 
 def take_first_k(k: int) -> Step:
     """The first `k` answers."""
+    if k < 1:
+        raise InputError(f"The filter take_first_k wants a k of at least 1, not {k}.")
     return lambda answers, _: list(answers[:k])
 
 
@@ -172,15 +174,14 @@ def _step(told: dict[str, Any]) -> Step:
     name = str(told.pop("function", None))
     if name not in FILTERS:
         raise unknown_name("filter", name, FILTERS)
-    settings = dict(told.pop("kwargs", None) or {}) | told
     make = FILTERS[name]
     try:
-        signature(make).bind(**settings)
+        signature(make).bind(**told)
     except TypeError as error:
         known = ", ".join(signature(make).parameters) or "nothing"
         raise InputError(f"The filter {name} takes {known}: {error}.") from error
-    _require_kinds(name, make, settings)
-    return make(**settings)
+    _require_kinds(name, make, told)
+    return make(**told)
 
 
 def _require_kinds(name: str, make: Callable[..., Step], settings: Mapping[str, Any]) -> None:

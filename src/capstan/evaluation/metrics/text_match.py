@@ -79,6 +79,42 @@ def _last_number(text: str) -> str:
     return found[-1].replace(",", "") if found else ""
 
 
+_STATED = re.compile(r"(?:####|The answer is) (-?[\d.,]+)")
+_NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+
+
+def gsm8k_strict_match(gold: str, answer: str) -> float:
+    """The first number stated as the answer ("#### 72") equals the right one; 72.00 and $72 do not.
+
+    Source: GSM8K, `grade_school_math/dataset.py`. Differs: "The answer is", which HELM's prompts have for its
+    mark, is one too, and its full stop is none of the number's.
+    """
+    stated = _stated(answer)
+    return float(bool(stated) and stated == _stated(gold))
+
+
+def gsm8k_flexible_match(gold: str, answer: str) -> float:
+    """The last number of the answer, wherever it stands and however it is written, is the right one.
+
+    Source: lm-evaluation-harness 0.4, `gsm8k` (flexible-extract), which stops at a new question. Differs:
+    72.00 is 72.
+    """
+    own = re.split(r"\n\s*(?:Q|Question):", answer)[0]
+    found = _NUMBER.findall(own)
+    return float(bool(found) and _shortest(found[-1].replace(",", "")) == _shortest(_stated(gold)))
+
+
+def _stated(text: str) -> str:
+    found = _STATED.search(text)
+    return found[1].replace(",", "").rstrip(".") if found else ""
+
+
+def _shortest(number: str) -> str:
+    """A number without a currency and without zeros after the point."""
+    plain = number.replace("$", "")
+    return plain.rstrip("0").rstrip(".") if "." in plain else plain
+
+
 def absolute_value_difference(gold: str, answer: str) -> float:
     """The distance of two whole numbers; what is none counts as 0."""
     return abs(_whole_number(gold) - _whole_number(answer))
@@ -169,6 +205,8 @@ MEASURES: dict[str, Measure] = {
     "quasi_prefix_exact_match": quasi_prefix_exact_match,
     "exact_match_indicator": exact_match_indicator,
     "final_number_exact_match": final_number_exact_match,
+    "gsm8k_strict_match": gsm8k_strict_match,
+    "gsm8k_flexible_match": gsm8k_flexible_match,
     "exact_set_match": exact_set_match,
     "iou_set_match": iou_set_match,
     "f1_set_match": f1_set_match,

@@ -56,7 +56,10 @@ class WordFiles:
 
         names, path = SHORT_NAMES, folder / "person_names.txt" if folder is not None else None
         if path is not None and path.exists():
-            names = read_names(path.read_text(encoding="utf-8").splitlines())
+            try:
+                names = read_names(path.read_text(encoding="utf-8").splitlines())
+            except (OSError, ValueError) as error:
+                raise InputError(f"{path} cannot be read: {error}.") from error
             found.append(path.name)
         return cls(
             misspellings=listed("correct_to_misspelling.json", SHORT_LIST),

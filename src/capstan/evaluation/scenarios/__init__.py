@@ -28,6 +28,7 @@ from capstan.evaluation.scenarios import (
     summaries,
     texts,
 )
+from capstan.evaluation.scenarios.lm_eval_groups import TaskGroup, read_group
 from capstan.evaluation.scenarios.lm_eval_tasks import TASK_CLASS, is_task, lm_eval_scenario, load_task
 from capstan.evaluation.scenarios.scenario import DataFolder, Scenario
 from capstan.evaluation.scenarios.tables import (
@@ -43,6 +44,8 @@ __all__ = [
     "SCENARIOS",
     "DataFolder",
     "Scenario",
+    "TaskGroup",
+    "group_of",
     "load_instances",
     "parse_entry",
     "run_spec_of",
@@ -64,7 +67,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     *entities.SCENARIOS,
     *harms.SCENARIOS,
 )
-_ADAPTER_SETTINGS = {
+_ADAPTER_SETTINGS: Mapping[str, Callable[[str], Any]] = {
     "max_train_instances": int,
     "max_eval_instances": int,
     "num_train_trials": int,
@@ -112,51 +115,61 @@ def scenario_of(name: str, args: Mapping[str, str] | None = None) -> Scenario:
     return next((each for each in found if each.folder == wanted), found[0])
 
 
-def run_spec_of(entry: str, *, root: Path | None = None) -> RunSpec:
-    """The run that an entry names, HELM's general settings applied.
+def group_of(entry: str) -> TaskGroup | None:
+    """The group of lm-evaluation-harness's tasks that a run entry names, if it names one."""
+    path = Path(parse_entry(entry)[0])
+    return read_group(path) if path.suffix in (".yaml", ".yml") else None
+
+
+def run_spec_of(entry: str, *, root: Path | None = None, scenario: Scenario | None = None) -> RunSpec:
+    """The run that an entry names, HELM's general settings applied; of `scenario`, where a group has it.
 
     Raises:
         UsageError: an unknown scenario, or arguments that it does not take.
     """
     name, args = parse_entry(entry)
-    scenario = scenario_of(name, args)
-    own = {key: value for key, value in args.items() if not _is_general(key)}
+    scenario = scenario or scenario_of(name, args)
+    general = _general(scenario)
+    own = {key: value for key, value in args.items() if key not in general}
     if name == "raft" and scenario.data(root).exists("prompt_construction_settings.json"):
-        own["instructions"] = labels.raft_settings(scenario.data(root), own.get("subset", ""))[1]
-    _require_arguments(entry, scenario.run_spec, own)
-    spec = scenario.run_spec(**own)
-    return _adjusted(spec, {key: value for key, value in args.items() if _is_general(key)})
+        own.setdefault("instructions", labels.raft_settings(scenario.data(root), own.get("subset", ""))[1])
+    _require_arguments(entry, scenario, own)
+    try:
+        spec = scenario.run_spec(**own)
+    except ValueError as error:
+        raise UsageError(f"The run entry {entry!r} has a value that is none: {error}.") from error
+    return _adjusted(spec, {key: value for key, value in args.items() if key in general})
 
 
-def _require_arguments(entry: str, run_spec: Callable[..., RunSpec], own: Mapping[str, str]) -> None:
-    parameters = signature(run_spec).parameters.values()
+def _require_arguments(entry: str, scenario: Scenario, own: Mapping[str, str]) -> None:
+    parameters = signature(scenario.run_spec).parameters.values()
     known = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
-    takes_any = len(known) < len(parameters)
+    if len(known) < len(parameters):  # it hands on what it is given
+        loading = signature(scenario.load).parameters.values()
+        known += [each.name for each in loading if each.kind is each.KEYWORD_ONLY]
     missing = [
         each.name
         for each in parameters
         if each.name in known and each.default is each.empty and each.name not in own
     ]
     for name in own:
-        if name not in known and not takes_any:
+        if name not in known:
             raise unknown_name(f"argument of {entry.partition(':')[0]}", name, known)
     if missing:
         raise UsageError(f"The run entry {entry!r} lacks {', '.join(missing)}.")
 
 
-def _is_general(key: str) -> bool:
-    return key in {"data_augmentation", "model", "model_deployment"} or key in set(_ADAPTER_SETTINGS) - {
-        "temperature",
-        "max_tokens",
-        "instructions",
-    }
+def _general(scenario: Scenario) -> set[str]:
+    """The settings that every run entry takes, less those that the scenario itself gives a meaning."""
+    known = {"data_augmentation", "model", "model_deployment", *_ADAPTER_SETTINGS}
+    return known - set(signature(scenario.run_spec).parameters)
 
 
 def _adjusted(spec: RunSpec, settings: Mapping[str, str]) -> RunSpec:
     changes: dict[str, Any] = {}
     for key, value in settings.items():
         if key in _ADAPTER_SETTINGS:
-            changes[_SETTING_NAMES.get(key, key)] = _ADAPTER_SETTINGS[key](value)  # type: ignore[operator]
+            changes[_SETTING_NAMES.get(key, key)] = _setting(key, value)
         elif key == "data_augmentation":
             spec = replace(spec, data_augmenter_spec=perturbation_sets(value))
         elif key == "model":
@@ -168,6 +181,14 @@ def _adjusted(spec: RunSpec, settings: Mapping[str, str]) -> RunSpec:
         return spec
     separator = "," if ":" in spec.name else ":"
     return replace(spec, name=spec.name + separator + ",".join(shown)).with_adapter(**changes)
+
+
+def _setting(key: str, value: str) -> Any:
+    try:
+        return _ADAPTER_SETTINGS[key](value)
+    except ValueError as error:
+        kind = "whole number" if _ADAPTER_SETTINGS[key] is int else "number"
+        raise UsageError(f"{key} wants a {kind}, not {value!r}.") from error
 
 
 def load_instances(

@@ -7,6 +7,8 @@ Source: lm-evaluation-harness 0.4, `api/task.py`, `utils.py` (regex_replace, str
 """
 
 import ast
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -126,7 +128,11 @@ def right_choices(target: Any, options: list[str], where: str) -> set[int]:
 
 
 def instance_of(told: Row, row: Row, split: str, where: str, place: Mapping[str, Any]) -> Instance:
-    """A row as a question; `extra` has its place and what a prompt or a filter needs of the row."""
+    """A row as a question; `extra` has its place and what a prompt or a filter needs of the row.
+
+    `extra["document"]` are digests of the row and of what it asks: two rows that share one ask the same, also
+    where one is perturbed or shown by another template.
+    """
     extra = dict(place)
     for key in ("description", "gen_prefix"):
         if told.get(key):
@@ -135,6 +141,7 @@ def instance_of(told: Row, row: Row, split: str, where: str, place: Mapping[str,
         extra["choices"] = [str(each) for each in row["choices"]]
     options, target = choices_of(told, row, where), target_of(told, row, where)
     text = text_of(told, row, where)
+    extra["document"] = [_digest(dict(row)), _digest((text, options, target))]
     if options is not None:
         right = right_choices(target, options, where)
         if told.get("output_type") == "multiple_choice":
@@ -143,3 +150,8 @@ def instance_of(told: Row, row: Row, split: str, where: str, place: Mapping[str,
     texts = target if isinstance(target, (list, tuple)) else [target]
     references = tuple(correct(str(each)) for each in texts)
     return Instance(input=text, references=references, split=split, extra=extra)
+
+
+def _digest(content: Any) -> str:
+    told = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:16]

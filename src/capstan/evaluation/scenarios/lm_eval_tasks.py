@@ -80,19 +80,20 @@ def is_task(told: Mapping[str, Any]) -> bool:
     return "include" in told or "task" in told
 
 
-def lm_eval_scenario(path: Path) -> Scenario:
-    """The scenario of a task's YAML file.
+def lm_eval_scenario(path: Path, overrides: Mapping[str, Any] | None = None) -> Scenario:
+    """The scenario of a task's YAML file; `overrides` is what a group says of it.
 
     Raises:
         InputError: something that cannot be taken over; says what.
     """
-    told = _checked(read_task(path), path)
+    told = _task(path, overrides or {})
     kind = str(told["output_type"])
     filters, name = _filters(told, kind, path), str(told["task"])
-    metric_specs, main = _metrics(told, kind, filters, path)
+    metric_specs, (main, *others) = _metrics(told, kind, filters, path)
+    given: dict[str, Any] = {"overrides": dict(overrides)} if overrides else {}
     spec = RunSpec(
         name=name,
-        scenario_spec=ScenarioSpec(class_name=TASK_CLASS, args={"path": str(path)}),
+        scenario_spec=ScenarioSpec(class_name=TASK_CLASS, args={"path": str(path.resolve())} | given),
         adapter_spec=_adapter(told, kind, path),
         metric_specs=metric_specs,
         groups=(name,),
@@ -105,7 +106,18 @@ def lm_eval_scenario(path: Path) -> Scenario:
         load=load_task,
         run_spec=lambda: spec,
         main_metric=main,
+        shown_metrics=tuple(others),
     )
+
+
+def _task(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A checked task: a file's, or of a file that is a group the one that `overrides` holds."""
+    told = read_task(path)
+    if isinstance(told.get("task"), list):
+        if "task" not in overrides:
+            raise InputError(f"{path} is a group of tasks: run it with capstan evaluate run.")
+        told = {}
+    return _checked(told | dict(overrides), path)
 
 
 def _checked(told: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -127,7 +139,10 @@ def _checked(told: dict[str, Any], path: Path) -> dict[str, Any]:
     )
     if missing := sorted(needed - set(found)):
         raise InputError(f"{path} lacks {', '.join(missing)}, which a task of the type {kind} needs.")
-    for key in ("description", "target_delimiter", "fewshot_delimiter", "gen_prefix"):
+    if not found["task"]:
+        raise InputError(f"{path}: task must be a name, not {found['task']!r}.")
+    splits = ("training_split", "validation_split", "test_split", "fewshot_split")
+    for key in ("task", "description", "target_delimiter", "fewshot_delimiter", "gen_prefix", *splits):
         if not isinstance(found.get(key, ""), str):
             raise InputError(f"{path}: {key} must be a text, not {found[key]!r}.")
     return found
@@ -246,19 +261,20 @@ def _filters(told: Mapping[str, Any], kind: str, path: Path) -> list[dict[str, A
 
 def _metrics(
     told: Mapping[str, Any], kind: str, filters: Sequence[Mapping[str, Any]], path: Path
-) -> tuple[tuple[MetricSpec, ...], str]:
-    """What is measured, and which of it is shown first."""
+) -> tuple[tuple[MetricSpec, ...], list[str]]:
+    """What is measured, and which of it is shown, in order."""
     wanted = told.get("metric_list") or [{"metric": _METRICS[kind][0]}]
     if not isinstance(wanted, list) or not all(isinstance(each, dict) for each in wanted):
         raise InputError(f"{path}: metric_list must hold mappings with a metric each, not {wanted!r}.")
     options = dict(_metric(each, kind, path) for each in wanted)
-    main = next(iter(options))
     if kind == "generate_until":
-        first = stat_name(str(filters[0]["name"]), filters)
-        judged = asking.metric("choice_metrics.TaskAnswerMetric", filters=filters, ignoring=options[main])
-        return (judged, *asking.basic()), first
+        names = [stat_name(str(each["name"]), filters) for each in filters]
+        judged = asking.metric(
+            "choice_metrics.TaskAnswerMetric", filters=filters, ignoring=options["exact_match"]
+        )
+        return (judged, *asking.basic()), names
     own = (asking.metric("choice_metrics.ChoiceMetric"), *asking.basic())
-    return (own if kind == "multiple_choice" else asking.texts()), main
+    return (own if kind == "multiple_choice" else asking.texts()), list(options)
 
 
 def _metric(told: Mapping[str, Any], kind: str, path: Path) -> tuple[str, dict[str, Any]]:
@@ -293,12 +309,12 @@ def _metric(told: Mapping[str, Any], kind: str, path: Path) -> tuple[str, dict[s
 # --- data -------------------------------------------------------------------------------------------------
 
 
-def load_task(_: DataFolder, *, path: str) -> list[Instance]:
+def load_task(_: DataFolder, *, path: str, overrides: Mapping[str, Any] | None = None) -> list[Instance]:
     """A task's instances: those that examples are taken from as training, its test split (else validation)
     asked.
     """
     where = Path(path)
-    told = _checked(read_task(where), where)
+    told = _task(where, overrides or {})
     files = _files(told, where)
     asked = told.get("test_split") or told.get("validation_split")
     if asked is None:

@@ -204,12 +204,15 @@ def load_gsm(data: DataFolder) -> list[Instance]:
     return instances[:num_train] + rest
 
 
+_GSM_MEASURES = ("gsm8k_strict_match", "gsm8k_flexible_match")
+
+
 def _gsm_spec() -> RunSpec:
     return RunSpec(
         name="gsm",
         scenario_spec=ScenarioSpec(class_name=_HELM + "gsm_scenario.GSM8KScenario"),
         adapter_spec=asking.generation(input_noun="Q", output_noun="A", max_tokens=400, stop=("\n\n",)),
-        metric_specs=asking.of_generation("exact_match_indicator", "final_number_exact_match")
+        metric_specs=asking.of_generation("exact_match_indicator", "final_number_exact_match", *_GSM_MEASURES)
         + asking.harms(),
         groups=("gsm",),
     )
@@ -368,6 +371,7 @@ SCENARIOS = (
         load=load_gsm,
         run_spec=_gsm_spec,
         main_metric="final_number_exact_match",
+        shown_metrics=_GSM_MEASURES,
         page="github.com/openai/grade-school-math",
     ),
     Scenario(

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class DataFolder:
     def text(self, name: str, looks_like: str = "") -> str:
         """A whole file."""
         with self._opened(name, looks_like) as stream:
-            return stream.read()
+            return str(stream.read())
 
     def lines(self, name: str, looks_like: str = "") -> Iterator[str]:
         """A file line by line, line breaks included, never the whole of it in memory."""
@@ -113,25 +114,42 @@ class DataFolder:
     def parquet(self, name: str, looks_like: str = "") -> list[dict[str, Any]]:
         """The rows of a Parquet file."""
         require_extra("evaluation-parquet", "pyarrow")
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
 
-        return list(parquet.read_table(self.path(name, looks_like)).to_pylist())
+        path = self.path(name, looks_like)
+        try:
+            return list(parquet.read_table(path).to_pylist())
+        except (ArrowException, OSError) as error:
+            raise InputError(f"{path} is no Parquet file that can be read: {error}.") from error
 
     def names(self, under: str, looks_like: str = "") -> list[str]:
         """The names in a folder, in order of numbers and letters."""
         path = self.path(under, looks_like)
         return sorted((each.name for each in path.iterdir()), key=lambda name: (len(name), name))
 
-    def _opened(self, name: str, looks_like: str, newline: str | None = None) -> io.TextIOBase:
+    @contextmanager
+    def _opened(self, name: str, looks_like: str, newline: str | None = None) -> Iterator[io.TextIOBase]:
+        """A file's text, a mark of its byte order left out; what is wrong with it is an InputError."""
         path = self.path(name, looks_like)
-        if path.suffix == ".gz":
-            return gzip.open(path, "rt", encoding="utf-8", newline=newline)
-        if path.suffix == ".zst":
-            return _zstandard(path)
         try:
-            return path.open(encoding="utf-8", newline=newline)
+            with _text_stream(path, newline) as stream:
+                yield stream
         except IsADirectoryError as error:
             raise InputError(f"{path} is a folder; a file of that name is wanted.") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 ({error}). Convert it, as with iconv -t utf-8.") from error
+        except csv.Error as error:
+            raise InputError(f"{path} is no CSV that can be read: {error}.") from error
+        except (OSError, EOFError) as error:
+            raise InputError(f"{path} cannot be read: {error}.") from error
+
+
+def _text_stream(path: Path, newline: str | None) -> io.TextIOBase:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    if path.suffix == ".zst":
+        return _zstandard(path)
+    return path.open(encoding="utf-8-sig", newline=newline)
 
 
 def _zstandard(path: Path) -> io.TextIOBase:
@@ -141,7 +159,7 @@ def _zstandard(path: Path) -> io.TextIOBase:
         raise MissingExtra(
             f"{path} is compressed with Zstandard. Decompress it (zstd -d), or: pip install zstandard"
         ) from error
-    return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb")), encoding="utf-8")
+    return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb")), encoding="utf-8-sig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +173,7 @@ class Scenario:
         load: `load(data, **args)` gives its instances, in HELM's order.
         run_spec: `run_spec(**args)` gives the run that a run entry names.
         main_metric, main_split: what its leaderboard shows.
+        shown_metrics: what is shown beside the main metric.
         page: where its files are published.
         hub: a data set of the Hugging Face hub that has the same files, as `repository:folder/`.
     """
@@ -167,6 +186,7 @@ class Scenario:
     run_spec: Callable[..., RunSpec]
     main_metric: str
     main_split: str = "test"
+    shown_metrics: tuple[str, ...] = ()
     page: str = ""
     hub: str = ""
 
