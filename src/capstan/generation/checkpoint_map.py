@@ -68,15 +68,24 @@ def map_checkpoint(skeleton: Skeleton, checkpoint: Checkpoint) -> Sources:
 
     if skeleton.is_tied and skeleton.head_parameter != skeleton.table:
         _settle_tie(skeleton, checkpoint, candidates)
+    for name, source in skeleton.model.all_tied_weights_keys.items():
+        if name not in candidates and source in candidates:  # as the bias of BERT's output, saved once
+            candidates[name] = candidates[source]
     wanted = {name: spec for name, spec in skeleton.state.items() if not _is_alias(skeleton, name)}
     missing = [name for name in wanted if name not in candidates]
     if missing:
         raise InputError(
             f"The checkpoint in {checkpoint.folder} lacks {len(missing)} of the {len(wanted)} tensors of "
-            f"{type(skeleton.model).__name__}: {', '.join(missing[:3])}… Its config.json and its weights "
-            "do not belong together, or a file is missing."
+            f"{type(skeleton.model).__name__}: {', '.join(missing[:3])}… {_why_missing(skeleton)}"
         )
     return {name: _pieces(spec, candidates[name], by_pattern) for name, spec in wanted.items()}
+
+
+def _why_missing(skeleton: Skeleton) -> str:
+    stated = (getattr(skeleton.config, "architectures", None) or [None])[0]
+    if stated not in (None, type(skeleton.model).__name__):
+        return f"It was saved as {stated}; give one that was saved with what predicts the next token."
+    return "Its config.json and its weights do not belong together, or a file is missing."
 
 
 def _settle_tie(skeleton: Skeleton, checkpoint: Checkpoint, candidates: dict[str, list[_Candidate]]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from capstan.generation.skeleton import Skeleton, open_skeleton
 from capstan.storage import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+# What transformers calls the classes of models with another head.
+_OTHER_TASK = re.compile(r"For(?!CausalLM|ConditionalGeneration)([A-Z]\w*)$")
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,9 @@ def open_model(
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}. Name a folder with a model in Hugging Face format.")
-    _refuse_quantised(folder)
+    config = _stated_config(folder)
+    _refuse_quantised(folder, config)
+    _refuse_other_models(folder, config)
     checkpoint = checkpoint or Checkpoint(folder)
     skeleton = open_skeleton(folder, dtype or dominant_dtype(checkpoint))
     sources = map_checkpoint(skeleton, checkpoint)
@@ -119,13 +126,41 @@ def open_model(
     )
 
 
-def _refuse_quantised(folder: Path) -> None:
-    """Weights in a format of their own must be decoded by its rules, which this engine does not have."""
+def _stated_config(folder: Path) -> dict[str, Any]:
+    """What config.json says; empty where it cannot be read, which is told of where the model is built."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
-        return  # told of where it is read
-    parts = [part for part in (config, *config.values()) if isinstance(part, dict)] if config else []
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _refuse_other_models(folder: Path, config: dict[str, Any]) -> None:
+    """A model that was trained for something else than the next token may have all tensors of one that was,
+    and would answer with nonsense."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    classes, kind = config.get("architectures"), str(config.get("model_type"))
+    stated = str(classes[0]) if isinstance(classes, list) and classes else ""
+    task = _OTHER_TASK.search(stated)
+    if task and stated not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        words = " ".join(_WORD.findall(task[1]))
+        raise UnsupportedModel(
+            f"{folder} holds a {stated}, a model for {words!r}, which does not go on with a text; give a "
+            "causal language model, such as one whose class ends in ForCausalLM."
+        )
+    is_known = kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if is_known and not config.get("is_encoder_decoder"):
+        raise UnsupportedModel(
+            f"{folder} holds a {stated or 'model'} of type {kind!r}, of which transformers has no causal "
+            "language model; give one that goes on with a text."
+        )
+
+
+def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
+    """Weights in a format of their own must be decoded by its rules, which this engine does not have."""
+    parts = [part for part in (config, *config.values()) if isinstance(part, dict)]
     for name in ("quantization_config", "compression_config"):
         stated = next((part[name] for part in parts if part.get(name)), None)
         if stated is not None:
