@@ -52,6 +52,8 @@ def test_a_model_that_does_not_predict_the_next_token_is_refused_as_what_it_is(
     )
     config = getattr(transformers, f"{kind}Config")(**OF_TYPE.get(kind, SIZES))
     getattr(transformers, name)(config).save_pretrained(tmp_path)
+    if "For" in name:
+        (tmp_path / "model.safetensors").unlink()  # so it is before its weights are looked for
     with pytest.raises(CapstanError, match=KINDS[name]):
         open_engine(tmp_path)
 
@@ -84,3 +86,29 @@ def test_the_decoder_of_a_bert_whose_tied_bias_was_saved_once_answers_as_transfo
     wanted = open_reference(tmp_path).greedy([5, 6, 7], 6)
     with open_engine(tmp_path) as engine:
         assert answers_of(engine, [Request(prompt=[5, 6, 7], max_tokens=6, ignore_eos=True)]) == [wanted]
+
+
+def test_an_adapter_is_refused_as_what_it_is(tmp_path: Path, open_engine: Callable[..., Engine]) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CapstanError, match="holds an adapter, which only changes another model. Merge it"):
+        open_engine(tmp_path)
+
+
+def test_a_checkpoint_in_float64_is_computed_in_float32(
+    model_folder: Callable[[str], Path],
+    open_engine: Callable[..., Engine],
+    open_reference: Callable[[Path], Any],
+    answers_of: Callable[..., list[list[int]]],
+    tmp_path: Path,
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    save_file(wide, folder / "model.safetensors", metadata={"format": "pt"})
+    wanted = open_reference(model_folder("llama")).greedy([5, 6, 7], 6)
+    for place in ("weights=device cache=device", "weights=disk cache=host attention=host"):
+        with open_engine(folder, place=[place]) as engine:
+            asked = [Request(prompt=[5, 6, 7], max_tokens=6, ignore_eos=True)]
+            assert answers_of(engine, asked) == [wanted]

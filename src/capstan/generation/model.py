@@ -89,9 +89,8 @@ def open_model(
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}. Name a folder with a model in Hugging Face format.")
-    config = _stated_config(folder)
-    _refuse_quantised(folder, config)
-    _refuse_other_models(folder, config)
+    refuse_other_models(folder)
+    _refuse_quantised(folder)
     checkpoint = checkpoint or Checkpoint(folder)
     skeleton = open_skeleton(folder, dtype or dominant_dtype(checkpoint))
     sources = map_checkpoint(skeleton, checkpoint)
@@ -135,12 +134,21 @@ def _stated_config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _refuse_other_models(folder: Path, config: dict[str, Any]) -> None:
-    """A model that was trained for something else than the next token may have all tensors of one that was,
-    and would answer with nonsense."""
+def refuse_other_models(folder: Path) -> None:
+    """Raise `UnsupportedModel` for what is no causal language model, before its weights are looked for.
+
+    A model that was trained for something else than the next token may have all tensors of one that was, and
+    would answer with nonsense.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    config = _stated_config(folder)
+    if not config and (folder / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            f"{folder} holds an adapter, which only changes another model. Merge it into that (with PEFT's "
+            "merge_and_unload), save the whole, and give that folder."
+        )
     classes, kind = config.get("architectures"), str(config.get("model_type"))
     stated = str(classes[0]) if isinstance(classes, list) and classes else ""
     task = _OTHER_TASK.search(stated)
@@ -158,8 +166,9 @@ def _refuse_other_models(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
+def _refuse_quantised(folder: Path) -> None:
     """Weights in a format of their own must be decoded by its rules, which this engine does not have."""
+    config = _stated_config(folder)
     parts = [part for part in (config, *config.values()) if isinstance(part, dict)]
     for name in ("quantization_config", "compression_config"):
         stated = next((part[name] for part in parts if part.get(name)), None)

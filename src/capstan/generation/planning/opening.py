@@ -10,7 +10,7 @@ import torch
 
 from capstan.errors import DeviceError, InputError, UsageError
 from capstan.generation.attention.host_attention import reading_rate
-from capstan.generation.model import dominant_dtype, open_model
+from capstan.generation.model import dominant_dtype, open_model, refuse_other_models
 from capstan.generation.planning.placement import Tier, parse_wish
 from capstan.generation.planning.planner import Planner
 from capstan.generation.planning.rank_planner import rank_planner
@@ -47,7 +47,7 @@ def plan_for(
     probed = _probed(torch_device.type, ranks, here) if machine is None else None
     machine = machine or probed
     assert machine is not None
-    checkpoint = checkpoint or Checkpoint(_existing(Path(folder)))
+    checkpoint = checkpoint or Checkpoint(_language_model(Path(folder)))
     dtype = dtype or _fastest_dtype(dominant_dtype(checkpoint), machine)
     if ranks is not None:  # the first rank's choice: one model is computed in one dtype
         dtype = getattr(torch, ranks.share(str(dtype).removeprefix("torch.")))
@@ -93,9 +93,10 @@ def _probed(device_type: str, group: Group | None, here: list[int]) -> Machine:
     return this_machine(device=device_type)
 
 
-def _existing(folder: Path) -> Path:
+def _language_model(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}. Name a folder with a model in Hugging Face format.")
+    refuse_other_models(folder)
     return folder
 
 
