@@ -127,3 +127,69 @@ def test_those_in_a_hurry_are_taken_before_those_who_came_earlier(engine: Engine
     arrivals.put(urgent)
     arrivals.close()
     assert arrivals.take(3, waits=True) == []
+
+
+def test_those_in_a_hurry_get_the_slots_of_those_without_which_lose_nothing(engine: Engine) -> None:
+    def asked(hurries: bool) -> list[Request]:
+        own = {"max_tokens": 3} if hurries else {"max_tokens": 20, "logprobs": 1, "prompt_logprobs": 1}
+        return [
+            Request(
+                prompt=[5 + index, 9, 30 + index][: 1 + index],
+                temperature=0.8 * (index % 2),
+                repetition_penalty=1.3,
+                ignore_eos=True,
+                id=f"{hurries} {index}",
+                **own,
+            )
+            for index in range(SLOTS)
+        ]
+
+    alone = {done.id: done.answers[0] for done in engine.generate([*asked(True), *asked(False)])}
+    scored = {done.id: done.prompt_logprobs for done in engine.generate(asked(False))}
+    patient = [engine.sequences(request)[0] for request in asked(False)]
+    urgent = [engine.sequences(request)[0] for request in asked(True)]
+    arrivals = Arrivals()
+    arrivals.put(patient, in_a_hurry=False)
+
+    def hurry(progress: Progress) -> None:
+        if progress.num_sweeps in (4, 5):  # some at once, and one more while the first are running
+            arrivals.put(urgent[:2] if progress.num_sweeps == 4 else urgent[2:])
+
+    ended: list[tuple[str, int]] = []
+    sweeps = []
+    for sequence in engine.answer(arrivals, on_progress=lambda each: (sweeps.append(each), hurry(each))[0]):
+        ended.append((sequence.request.id, len(sweeps)))
+        if len(ended) == 2 * SLOTS:
+            arrivals.close()
+    # Sweep 5 has the first token of those who came after sweep 4, and so on.
+    assert ended[:SLOTS] == [("True 0", 7), ("True 1", 7), ("True 2", 8)]
+    for sequence in [*patient, *urgent]:
+        answer = alone[sequence.request.id]
+        assert sequence.finished().tokens == answer.tokens
+        if not sequence.in_a_hurry:
+            assert answer.logprobs is not None
+            assert [entry.token for entry in sequence.logprobs] == list(answer.tokens)
+            wanted = [entry.token for entry in scored[sequence.request.id] or () if entry is not None]
+            assert [entry.token for entry in sequence.prompt_logprobs] == wanted
+    assert engine.trace is not None
+    assert engine.trace.peak_bytes["device"] <= engine.plan.peak_bytes["device"]
+
+
+def test_those_in_a_hurry_do_not_displace_each_other(engine: Engine) -> None:
+    arrivals = Arrivals()
+    first = [
+        engine.sequences(Request(prompt=[5 + at], max_tokens=9, ignore_eos=True))[0] for at in range(SLOTS)
+    ]
+    (late,) = engine.sequences(Request(prompt=[9], max_tokens=1, ignore_eos=True))
+    arrivals.put(first)
+
+    def join(progress: Progress) -> None:
+        if progress.num_sweeps == 2:
+            arrivals.put([late])
+
+    done = []
+    for sequence in engine.answer(arrivals, on_progress=join):
+        done.append(sequence)
+        if len(done) == SLOTS + 1:
+            arrivals.close()
+    assert done[-1] is late

@@ -275,6 +275,20 @@ def test_perplexity_can_be_had_from_echoed_logprobs(
     assert math.exp(-sum(wanted) / len(wanted)) > 1
 
 
+def test_echo_without_new_tokens_is_the_prompt_alone(
+    run: Callable[..., BatchReport], write: Callable[..., Path], output: Path
+) -> None:
+    asked = {"prompt": "so a prompt is scored", "echo": True, "logprobs": 1, "n": 2}
+    run(write(asked | {"max_tokens": 0}, asked | {"max_tokens": 1}))
+    alone, one_more = (body_of(lines_in(output)[name]) for name in ("line-1", "line-2"))
+    assert (alone["usage"]["completion_tokens"], one_more["usage"]["completion_tokens"]) == (0, 2)
+    for choice, longer in zip(alone["choices"], one_more["choices"], strict=True):
+        assert choice["text"] == asked["prompt"]
+        assert choice["finish_reason"] == "length"
+        for name, values in choice["logprobs"].items():
+            assert values == longer["logprobs"][name][: len(asked["prompt"])]
+
+
 # --- going on ---------------------------------------------------------------------------------------------
 
 
@@ -285,7 +299,18 @@ class Stopped(Exception):
 def test_a_job_that_was_stopped_goes_on_and_writes_the_same(
     run: Callable[..., BatchReport], write: Callable[..., Path], output: Path
 ) -> None:
-    path = write(*({"prompt": f"prompt {index}", "max_tokens": 2 + 2 * index} for index in range(5)), "bad")
+    path = write(
+        *(
+            {
+                "prompt": f"prompt {index}",
+                "max_tokens": 2 + 2 * index,
+                "repetition_penalty": 1 + index / 4,
+                "frequency_penalty": index % 2,
+            }
+            for index in range(5)
+        ),
+        "bad",
+    )
     whole = run(path)
     assert (whole.num_answered, whole.num_errors, whole.num_answered_before) == (5, 1, 0)
     expected = lines_in(output)

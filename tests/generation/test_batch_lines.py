@@ -213,6 +213,7 @@ def test_what_changes_nothing_may_be_said(accept: Callable[..., BatchRequest]) -
         tools=[],
         tool_choice="none",
     )
+    assert accept(prompt="x", best_of=3, n=3).request == accept(prompt="x", n=3).request
     nothing = dict.fromkeys(
         (
             "min_p",
@@ -348,7 +349,12 @@ def openai(**changes: Any) -> dict[str, Any]:
             {"prompt": "x", "stream_options": {"include_usage": True}},
             "stream_options={'include_usage': True}",
         ),
-        ({"prompt": "x", "best_of": True}, "best_of=True"),
+        ({"prompt": "x", "best_of": True}, "best_of: Input should be a valid integer"),
+        ({"prompt": "x", "best_of": 1, "n": 2}, "best_of=1 is not n=2"),
+        ({"prompt": "x", "stream": 0}, "stream=0"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens of at least 1, not 0"),
+        ({"prompt": "x", "max_tokens": False, "echo": True}, "max_tokens: Input should be a valid integer"),
+        ({"messages": [USER], "max_tokens": 0, "echo": True}, "max_tokens of at least 1, not 0"),
         ({"prompt": "x", "stream": True}, "stream=True"),
         ({"prompt": "x", "best_of": 2}, "best_of=2"),
         ({"prompt": "x", "suffix": "y"}, "suffix='y'"),

@@ -1,6 +1,7 @@
 """On a GPU too the answers are those of transformers, and its memory stays within the plan."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,30 @@ def test_bits_on_a_gpu_answer_as_they_do_on_the_processor(
         ) as engine:
             answers.append(answers_of(engine, requests))
     assert answers[0] == answers[1]
+
+
+def test_penalties_and_bias_on_a_gpu_answer_as_on_the_processor_within_the_plan(
+    model_folder: Callable[[str], Path],
+    open_engine: Callable[..., Engine],
+    make_machine: Callable[..., Any],
+    requests: list[Request],
+    answers_of: Callable[..., list[list[int]]],
+    check_promises: Callable[[Engine], None],
+) -> None:
+    settings: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.8, "min_p": 0.05, "temperature": 0.7, "seed": 1},
+        {},
+        {"presence_penalty": 1.5, "frequency_penalty": -0.5},
+        {"logit_bias": {7: 100.0, 9: -100.0}},
+        {"logit_bias": {3: 4.5}, "repetition_penalty": 0.6, "min_tokens": 3, "stop_token_ids": (3,)},
+    ]
+    asked = [replace(each, **more) for each, more in zip(requests, settings, strict=True)]
+    answers = []
+    for device in ("cpu", "cuda"):
+        with open_engine(
+            model_folder("llama"), device=device, device_memory="400MiB", machine=make_machine(device)
+        ) as engine:
+            answers.append(answers_of(engine, asked))
+            check_promises(engine)
+    assert answers[0] == answers[1]
+    assert answers[0][3] == [7] * requests[3].max_tokens

@@ -13,7 +13,7 @@ from capstan.generation.planning.stage import Stage
 from capstan.models.checkpoint_map import Sources, map_checkpoint
 from capstan.models.layer_profile import ModelProfile
 from capstan.models.meta_model import MetaModel, open_meta_model
-from capstan.models.on_meta import refuse_quantised
+from capstan.models.refusals import refuse_other_models, refuse_quantised
 from capstan.models.weight_manifest import WeightManifest, list_weights
 from capstan.storage import Checkpoint
 
@@ -84,6 +84,7 @@ def open_model(
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}. Name a folder with a model in Hugging Face format.")
+    refuse_other_models(folder)
     refuse_quantised(folder, "Give plain weights; --weight-bits 8 or 4 quantises them.")
     checkpoint = checkpoint or Checkpoint(folder)
     skeleton = open_meta_model(folder, dtype or dominant_dtype(checkpoint))

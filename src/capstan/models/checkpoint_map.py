@@ -68,15 +68,24 @@ def map_checkpoint(meta: MetaModel, checkpoint: Checkpoint) -> Sources:
 
     if meta.is_tied and meta.head_parameter != meta.table:
         _settle_tie(meta, checkpoint, candidates)
+    for name, source in meta.model.all_tied_weights_keys.items():
+        if name not in candidates and source in candidates:  # as the bias of BERT's output, saved once
+            candidates[name] = candidates[source]
     wanted = {name: spec for name, spec in meta.state.items() if not _is_alias(meta, name)}
     missing = [name for name in wanted if name not in candidates]
     if missing:
         raise InputError(
             f"The checkpoint in {checkpoint.folder} lacks {len(missing)} of the {len(wanted)} tensors of "
-            f"{type(meta.model).__name__}: {', '.join(missing[:3])}… Its config.json and its weights "
-            "do not belong together, or a file is missing."
+            f"{type(meta.model).__name__}: {', '.join(missing[:3])}… {_why_missing(meta)}"
         )
     return {name: _pieces(spec, candidates[name], by_pattern) for name, spec in wanted.items()}
+
+
+def _why_missing(meta: MetaModel) -> str:
+    stated = (getattr(meta.config, "architectures", None) or [None])[0]
+    if stated not in (None, type(meta.model).__name__):
+        return f"It was saved as {stated}; give one that was saved with what predicts the next token."
+    return "Its config.json and its weights do not belong together, or a file is missing."
 
 
 def _settle_tie(meta: MetaModel, checkpoint: Checkpoint, candidates: dict[str, list[_Candidate]]) -> None:

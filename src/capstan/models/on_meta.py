@@ -1,6 +1,5 @@
 """Models built without memory for their parameters."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,24 +72,3 @@ def _read_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise UnsupportedModel(f"transformers does not know the model in {folder}: {error}") from error
-
-
-def refuse_quantised(folder: Path, advice: str) -> None:
-    """Weights in a format of their own must be decoded by its rules, which are not here.
-
-    Raises:
-        UnsupportedModel: config.json in `folder` says that the weights are quantised.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return  # told of where it is read
-    parts = [part for part in (config, *config.values()) if isinstance(part, dict)] if config else []
-    for name in ("quantization_config", "compression_config"):
-        stated = next((part[name] for part in parts if part.get(name)), None)
-        if stated is not None:
-            method = stated.get("quant_method", "unknown") if isinstance(stated, dict) else stated
-            raise UnsupportedModel(
-                f"The weights in {folder} are quantised by {method!r} ({name} in its config.json), which "
-                f"this engine does not read. {advice}"
-            )

@@ -122,6 +122,10 @@ def test_without_a_token_only_this_machines_names_are_answered(running: Any) -> 
         (b'{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias: 'x' is not a token id"),
         (b'{"prompt": "a", "logit_bias": {"99999": 1}}', "logit_bias has token ids outside"),
         (b'{"prompt": "a", "min_p": "0.1"}', "min_p"),
+        (
+            b'{"prompt": "a", "max_tokens": false, "echo": true}',
+            "max_tokens: Input should be a valid integer",
+        ),
         (b'{"prompt": "a", "max_token": 3}', "'max_token' is not a parameter"),
         (b'{"prompt": "\\ud800"}', ""),
     ],

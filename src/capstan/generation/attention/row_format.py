@@ -103,7 +103,8 @@ def cache_codec(
         return GroupQuantised(num_bits=cache_bits, group_size=size, scale_dtype=torch.float16)
     narrow = torch.float16 if compute_dtype.itemsize > 2 else compute_dtype
     wanted = checkpoint_dtype if cache_bits is None or checkpoint_dtype.itemsize == 2 else narrow
-    return Identity() if wanted == compute_dtype else Cast(dtype=wanted)
+    # What was computed in float32 needs no more, as where a checkpoint is of float64.
+    return Identity() if wanted in (compute_dtype, torch.float64) else Cast(dtype=wanted)
 
 
 def _cut_out(payload: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Answers as OpenAI batch responses: one JSON object a line."""
 
+from dataclasses import replace
 from math import nan
 
 from capstan.generation.batch.lines import BadLine, BatchRequest
@@ -16,6 +17,7 @@ def answer_line(asked: BatchRequest, completion: Completion, model: Model, *, cr
 
 def answer_body(asked: BatchRequest, completion: Completion, model: Model, *, created: int) -> Json:
     """The completion as OpenAI's object, of text or of a chat."""
+    completion = _without_new(completion) if asked.cuts else completion
     num_prompt = len(completion.prompt_tokens)
     num_new = sum(len(answer.tokens) for answer in completion.answers)
     choice = _chat_choice if asked.is_chat else _text_choice
@@ -39,6 +41,15 @@ def answer_body(asked: BatchRequest, completion: Completion, model: Model, *, cr
             "total_tokens": num_prompt + num_new,
         },
     }
+
+
+def _without_new(completion: Completion) -> Completion:
+    """Only the prompt, where no new token was asked for."""
+    answers = tuple(
+        Answer(text="", tokens=(), finish_reason="length", logprobs=() if each.logprobs is not None else None)
+        for each in completion.answers
+    )
+    return replace(completion, answers=answers)
 
 
 def error_line(bad: BadLine) -> Json:

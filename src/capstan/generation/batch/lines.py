@@ -34,7 +34,6 @@ from capstan.generation.requests import Request
 # Fields that change nothing here, and the only values of others that this engine can honour.
 _IGNORED = frozenset({"model", "user", "metadata", "store", "service_tier", "safety_identifier"})
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "best_of": (1, None),
     "stream": (False, None),
     "stream_options": (None,),
     "suffix": ("", None),
@@ -70,6 +69,7 @@ class Body(BaseModel):
     include_stop_str_in_output: StrictBool = False
     min_tokens: StrictInt | None = None
     n: StrictInt | None = None
+    best_of: StrictInt | None = None
     logprobs: StrictBool | StrictInt | None = None
     top_logprobs: StrictInt | None = None
     prompt_logprobs: StrictInt | None = None
@@ -90,13 +90,17 @@ class _Line(BaseModel):
 
 
 class BatchRequest(NamedTuple):
-    """A line that can be answered."""
+    """A line that can be answered.
+
+    `cuts` says that no new token is wanted: the one that the engine makes anyway is not shown.
+    """
 
     custom_id: str
     request: Request
     is_chat: bool
     echo: bool
     model: str | None = None  # that it asks for, by name
+    cuts: bool = False
 
 
 class BadLine(NamedTuple):
@@ -167,6 +171,8 @@ def batch_request(custom_id: str, body: Body, url: str | None, model: Model, max
         CapstanError: it cannot be answered.
     """
     _refuse_unknown(body)
+    if body.best_of not in (None, body.n or 1):
+        raise UsageError(f"best_of={body.best_of} is not n={body.n or 1}: every answer that is made is given")
     is_chat = body.messages is not None
     if (body.prompt is None) == (body.messages is None):
         raise UsageError("a request has either 'prompt' or 'messages'")
@@ -180,12 +186,13 @@ def batch_request(custom_id: str, body: Body, url: str | None, model: Model, max
         if body.messages is not None
         else tokens_of(model, body.prompt or "")
     )
+    cuts = body.max_tokens == 0 and body.max_completion_tokens is None and body.echo and not is_chat
     longest = model.skeleton.max_positions
     fitting = max_tokens if longest is None else max(1, min(max_tokens, longest - len(prompt)))
     request = Request(
         id=custom_id,
         prompt=prompt,
-        max_tokens=_first_stated(body.max_completion_tokens, body.max_tokens, fitting),
+        max_tokens=1 if cuts else _first_stated(body.max_completion_tokens, body.max_tokens, fitting),
         temperature=body.temperature or 0.0,
         top_k=max(0, body.top_k or 0),
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -207,7 +214,8 @@ def batch_request(custom_id: str, body: Body, url: str | None, model: Model, max
     check_length(model, len(prompt), request.max_tokens)
     check_bias(model, request.logit_bias)
     stated = (body.model_extra or {}).get("model")
-    return BatchRequest(custom_id, request, is_chat, body.echo, stated if isinstance(stated, str) else None)
+    named = stated if isinstance(stated, str) else None
+    return BatchRequest(custom_id, request, is_chat, body.echo, named, cuts)
 
 
 def _first_stated(*values: int | None) -> int:

@@ -15,6 +15,7 @@ from capstan.generation.planning.placement import Tier, parse_wish
 from capstan.generation.planning.planner import Planner
 from capstan.generation.planning.rank_planner import rank_planner
 from capstan.hardware import Machine, this_machine
+from capstan.models.refusals import refuse_other_models
 from capstan.plans import parse_bytes
 from capstan.storage import Checkpoint
 from capstan.transport import Group
@@ -47,7 +48,7 @@ def plan_for(
     probed = _probed(torch_device.type, ranks, here) if machine is None else None
     machine = machine or probed
     assert machine is not None
-    checkpoint = checkpoint or Checkpoint(_existing(Path(folder)))
+    checkpoint = checkpoint or Checkpoint(_language_model(Path(folder)))
     dtype = dtype or _fastest_dtype(dominant_dtype(checkpoint), machine)
     if ranks is not None:  # the first rank's choice: one model is computed in one dtype
         dtype = getattr(torch, ranks.share(str(dtype).removeprefix("torch.")))
@@ -93,9 +94,10 @@ def _probed(device_type: str, group: Group | None, here: list[int]) -> Machine:
     return this_machine(device=device_type)
 
 
-def _existing(folder: Path) -> Path:
+def _language_model(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}. Name a folder with a model in Hugging Face format.")
+    refuse_other_models(folder)
     return folder
 
 

@@ -16,7 +16,8 @@ from capstan.generation.runtime.sequences import Sequence
 class Arrivals:
     """Where sequences wait for a running job; any thread may put them there.
 
-    Those in a hurry are taken first, each kind in the order in which it came.
+    Those in a hurry are taken first, each kind in the order in which it came. Where all slots are taken, they
+    get those of others, which wait again, before the rest of their kind, and keep their tokens.
     """
 
     def __init__(self) -> None:
@@ -26,9 +27,17 @@ class Arrivals:
 
     def put(self, sequences: Iterable[Sequence], *, in_a_hurry: bool = True) -> None:
         """Let sequences join when there is room."""
+        sequences = list(sequences)
+        for sequence in sequences:
+            sequence.in_a_hurry = in_a_hurry
         with self._change:
             self._waiting[0 if in_a_hurry else 1].extend(sequences)
             self._change.notify_all()
+
+    def put_back(self, sequences: Iterable[Sequence]) -> None:
+        """Let sequences without hurry that had joined wait again, before all others of their kind."""
+        with self._change:
+            self._waiting[1].extendleft(sequences)
 
     def close(self) -> None:
         """No sequence will join any more, not even those that wait; the job ends with those that run."""
@@ -53,6 +62,12 @@ class Arrivals:
                 if sequence.is_wanted:
                     taken.append(sequence)
         return taken
+
+    @property
+    def num_in_a_hurry(self) -> int:
+        """Those who wait and should not; none any more, once closed."""
+        with self._change:
+            return 0 if self._is_closed else sum(sequence.is_wanted for sequence in self._waiting[0])
 
     @property
     def is_closed(self) -> bool:
@@ -82,11 +97,17 @@ def open_turns(
 ) -> Iterator[list[BatchWork]]:
     """The sweeps of a block whose sequences come and go. `sequences` are those in the block by their number
     there, numbers of those that are gone being used again."""
-    while True:
-        gone = [number for number in block.unfinished() if not sequences[number].is_wanted]
-        block.finish(gone)
-        for number in gone:
+
+    def leave(numbers: list[int]) -> list[Sequence]:
+        block.finish(numbers)
+        for number in numbers:
             on_leave(sequences[number])
+        return [sequences[number] for number in numbers]
+
+    while True:
+        leave([number for number in block.unfinished() if not sequences[number].is_wanted])
+        displaced = _shortest_without_hurry(block, sequences, arrivals.num_in_a_hurry - block.num_free)
+        arrivals.put_back(leave(displaced))
         for sequence in arrivals.take(block.num_free, waits=not block.unfinished()):
             on_join(sequence)
             number = block.join(sequence.length)
@@ -95,3 +116,10 @@ def open_turns(
         if not works:
             return
         yield works
+
+
+def _shortest_without_hurry(block: Block, sequences: list[Sequence], count: int) -> list[int]:
+    """At most so many sequences that can give up their slots: those with the fewest tokens, since all of
+    these are computed again when they come back."""
+    patient = [number for number in block.unfinished() if not sequences[number].in_a_hurry]
+    return sorted(patient, key=lambda number: sequences[number].length.prompt)[: max(0, count)]

@@ -217,7 +217,8 @@ class Job:
         if work.is_prefix:
             return range(0)
         if not self._keeps_cache or (sequence.request.prompt_logprobs is not None and work.start == 0):
-            first = 0 if not sequence.prompt_logprobs else work.end - 1
+            is_scored = len(sequence.prompt_logprobs) == len(sequence.prompt) - 1
+            first = work.end - 1 if is_scored else 0
             return range(first, work.end)
         return range(work.end - 1, work.end)
 

@@ -57,7 +57,8 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     sampled = [row for row, draw in enumerate(draws) if draw.temperature >= _LEAST_TEMPERATURE]
     if sampled:
         rows = torch.tensor(sampled, device=logits.device)
-        tokens[rows] = _sample(logits[rows], [draws[row] for row in sampled])
+        logits = logits[rows]  # of which alone there is need from here on
+        tokens[rows] = _sample(logits, [draws[row] for row in sampled])
     return tokens
 
 
@@ -90,13 +91,13 @@ def _add(flat: Tensor, added: Mapping[int, float]) -> None:
 
 def _sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Invert the cumulative distribution of the tokens that min-p, top-k, then top-p leave, at a uniform
-    number."""
+    number. Overwrites the logits."""
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
     temperatures = column([min(draw.temperature, _MOST_TEMPERATURE) for draw in draws])
-    ordered, order = (logits / temperatures).sort(dim=-1, descending=True)
+    ordered, order = logits.div_(temperatures).sort(dim=-1, descending=True)
     rank = torch.arange(ordered.shape[1], device=logits.device)
     beyond = rank >= column([draw.top_k or ordered.shape[1] for draw in draws])
     if any(draw.min_p for draw in draws):

@@ -34,6 +34,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     cut_text: str | None = None
     num_passed: int = 0
+    in_a_hurry: bool = True  # False: gives up its slot to one that is
     is_wanted: bool = True  # False, by any thread: nobody waits for it any more
 
     @property

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
@@ -190,7 +189,7 @@ def _together(asked: Asked, completions: list[Completion], served: Served, name:
     """The answers to all prompts of a body, in one object that is called `name`."""
     created = int(time.time())
     bodies = [
-        answer_body(one, _without_new(done) if asked.cuts else done, served.model, created=created)
+        answer_body(one, done, served.model, created=created)
         for one, done in zip(asked.requests, completions, strict=True)
     ]
     choices = [choice for body in bodies for choice in body["choices"]]
@@ -198,15 +197,6 @@ def _together(asked: Asked, completions: list[Completion], served: Served, name:
     numbered = [choice | {"index": index} for index, choice in enumerate(choices)]
     own = {"id": name, "model": served.name, "choices": numbered, "usage": usage}
     return reply(bodies[0] | own)
-
-
-def _without_new(completion: Completion) -> Completion:
-    """Only the prompt, where no new token was asked for."""
-    answers = tuple(
-        replace(each, text="", tokens=(), logprobs=() if each.logprobs is not None else None)
-        for each in completion.answers
-    )
-    return replace(completion, answers=answers)
 
 
 # --- the rest --------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@
     FOLDER/batches/batch-0123….jsonl    its journal: a line for each answer, as `capstan generate` writes it
 
 One batch runs at a time, in the order in which they came. Its sequences take slots that nobody in a hurry
-wants. After a stop or kill -9 a server over the same folder goes on with it; every line is answered once.
+wants, and give them up before the next sweep when somebody does. After a stop or kill -9 a server over the
+same folder goes on with it; every line is answered once.
 """
 
 import asyncio

@@ -69,16 +69,12 @@ class DetokenizeBody(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a body asks for: one request for each prompt.
-
-    `cuts` says that no new token was asked for: the one that the engine makes anyway is not shown.
-    """
+    """What a body asks for: one request for each prompt."""
 
     requests: tuple[BatchRequest, ...]
     is_chat: bool
     streams: bool
     includes_usage: bool
-    cuts: bool
 
 
 async def read_json(http: HttpRequest) -> dict[str, Any]:
@@ -135,10 +131,7 @@ def asked_of(
     """
     prompts = _each_prompt(body)
     _require_answers(len(prompts), room)  # before they are tokenised
-    extra = dict(body.model_extra or {})
-    cuts = extra.get("max_tokens") == 0 and bool(extra.get("echo")) and not is_chat
-    if cuts:
-        extra["max_tokens"] = 1
+    extra = body.model_extra or {}
     try:
         requests = tuple(
             _request(f"{name}-{number}", extra | one, is_chat, model, limits)
@@ -165,7 +158,6 @@ def asked_of(
         is_chat=is_chat,
         streams=streams,
         includes_usage=body.stream_options is not None and body.stream_options.include_usage,
-        cuts=cuts,
     )
 
 

@@ -45,10 +45,10 @@ class TextSoFar:
 
 
 class _Choice:
-    """One answer on its way: what of it has been sent. With `cuts`, no new token was asked for."""
+    """One answer on its way: what of it has been sent."""
 
-    def __init__(self, index: int, asked: BatchRequest, growing: Growing, *, cuts: bool) -> None:
-        self.index, self._asked, self._growing, self._cuts = index, asked, growing, cuts
+    def __init__(self, index: int, asked: BatchRequest, growing: Growing) -> None:
+        self.index, self._asked, self._growing = index, asked, growing
         self._text = TextSoFar(growing.texts, growing.prompt, growing.request.stop)
         self._echoed = growing.texts.decode(growing.prompt) if asked.echo else ""
         self._writer = LogprobWriter(growing.tokenizer, growing.prompt, offset=len(self._echoed))
@@ -67,8 +67,8 @@ class _Choice:
         begins = [] if self._has_begun else self._beginning()
         self._has_begun = True
         self.is_over = reason is not None
-        due = [] if self._cuts else self._new(num_tokens)
-        ends = [self._choice(None, None, reason)] if reason else []
+        due = [] if self._asked.cuts else self._new(num_tokens)
+        ends = [self._choice(None, None, "length" if self._asked.cuts else reason)] if reason else []
         return begins + due + ends
 
     def _new(self, num_tokens: int) -> list[Json]:
@@ -109,9 +109,7 @@ async def events_of(ask: Ask, asked: Asked, frame: Json) -> AsyncIterator[Json]:
     usage: Json = {"usage": None} if asked.includes_usage else {}
     choices: list[_Choice] = []
     for one, request in zip(asked.requests, ask.requests, strict=True):
-        choices += [
-            _Choice(len(choices) + at, one, growing, cuts=asked.cuts) for at, growing in enumerate(request)
-        ]
+        choices += [_Choice(len(choices) + at, one, growing) for at, growing in enumerate(request)]
     while not all(choice.is_over for choice in choices):
         if ask.done.done():
             ask.done.result()  # raises what went wrong
@@ -123,7 +121,12 @@ async def events_of(ask: Ask, asked: Asked, frame: Json) -> AsyncIterator[Json]:
                 yield frame | {"choices": [event]} | usage
     if asked.includes_usage:
         num_prompt = sum(len(request[0].prompt) for request in ask.requests)
-        num_new = 0 if asked.cuts else sum(len(growing.generated) for growing in ask.sequences)
+        num_new = sum(
+            len(growing.generated)
+            for one, request in zip(asked.requests, ask.requests, strict=True)
+            for growing in request
+            if not one.cuts
+        )
         counts = {"prompt_tokens": num_prompt, "completion_tokens": num_new}
         yield frame | {"choices": [], "usage": counts | {"total_tokens": num_prompt + num_new}}
 
