@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from capstan.errors import UnsupportedModel, UsageError
+from capstan.models.balance import balanced_ends
 
 
 def cut(model: nn.Sequential, num_stages: int) -> list[nn.Sequential]:
@@ -30,7 +31,7 @@ def cut(model: nn.Sequential, num_stages: int) -> list[nn.Sequential]:
             f"A model of {len(model)} layers cannot be cut into {num_stages} stages. Choose 1 to "
             f"{len(model)}."
         )
-    ends = _ends([_cost(layer) for layer in model], num_stages)
+    ends = balanced_ends([_cost(layer) for layer in model], num_stages)
     layers = [model[index] for index in range(len(model))]  # a layer may be there twice
     stages = [nn.Sequential(*layers[start:end]) for start, end in pairwise([0, *ends])]
     _refuse_shared(stages)
@@ -46,24 +47,6 @@ def cut(model: nn.Sequential, num_stages: int) -> list[nn.Sequential]:
 def _cost(layer: nn.Module) -> int:
     free = {id(each.weight) for each in layer.modules() if isinstance(each, nn.Embedding)}
     return sum(each.numel() for each in layer.parameters() if id(each) not in free)
-
-
-def _ends(costs: Sequence[int], num_parts: int) -> list[int]:
-    """The ends of consecutive, non-empty parts whose largest sum is smallest; by dynamic programming."""
-    sums = [0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    # best[end]: the largest sum of the first `end` layers in so many parts, and the parts' ends.
-    best: dict[int, tuple[int, list[int]]] = {end: (sums[end], [end]) for end in range(1, len(costs) + 1)}
-    for parts in range(2, num_parts + 1):
-        best = {
-            end: min(
-                (max(best[start][0], sums[end] - sums[start]), [*best[start][1], end])
-                for start in range(parts - 1, end)
-            )
-            for end in range(parts, len(costs) + 1)
-        }
-    return best[len(costs)][1]
 
 
 def _refuse_shared(stages: Sequence[nn.Module]) -> None:
