@@ -131,7 +131,7 @@ class Stage(nn.Module):
             )
         if self._max_positions is not None and values.shape[1] > self._max_positions:
             raise InputError(
-                f"The model has positions for {self._max_positions} tokens, found {values.shape[1]} a sample. "
+                f"The model has positions for {self._max_positions} tokens, found {values.shape[1]}. "
                 "Give shorter samples."
             )
 
