@@ -12,6 +12,35 @@ from capstan.models.meta_model import MetaModel, parameter_slots
 from capstan.models.seams import Ends, zeros
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageCut:
+    """Stage `index` of `num_stages`: the layers from `first` up to, not including, `end`.
+
+    The first stage also holds the input embedding and the last one the output matrix, `tensors` all their
+    names in the model's state; `num_parameters` are their elements, `stored_bytes` what is read of the
+    checkpoint, `flops_per_token` the forward's arithmetic apart from attention. Where `is_tied`, the output
+    matrix is a copy of the embedding.
+    """
+
+    index: int
+    num_stages: int
+    first: int
+    end: int
+    tensors: tuple[str, ...]
+    num_parameters: int
+    stored_bytes: int
+    flops_per_token: float
+    is_tied: bool
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.num_stages - 1
+
+
 @dataclass
 class _Crossing:
     """The hidden states that a stage was given, and those that it gives on."""
@@ -64,19 +93,18 @@ class Stage(nn.Module):
         InputError: values of another shape, or more tokens than the model has positions for.
     """
 
-    def __init__(self, meta: MetaModel, layers: range, ends: Ends, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, meta: MetaModel, cut: StageCut, ends: Ends, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._is_first, self._is_last = layers.start == 0, layers.stop == meta.num_layers
+        self.cut = cut
         self._crossing = _Crossing()
-        meta.put_layers(self._in_place(meta, index, layers) for index in range(meta.num_layers))
+        meta.put_layers(self._in_place(meta, index) for index in range(meta.num_layers))
         self.model = meta.model
         _fill(meta, ends, weights)
         self._max_positions = meta.max_positions
         self._embedding = (meta.embedding_width, meta.compute_dtype)
-        self._hidden_size = meta.hidden_size
-        is_cut = not (self._is_first and self._is_last)
-        ends_of_tie = {layers.start == 0: meta.table, layers.stop == meta.num_layers: meta.head_parameter}
-        self._tied_name = ends_of_tie.get(True) if meta.is_tied and is_cut else None
+        self.hidden_size, self.vocabulary_size = meta.hidden_size, meta.vocabulary_size
+        tied = meta.table if cut.is_first else meta.head_parameter
+        self._tied_name = tied if cut.is_tied and cut.is_first != cut.is_last else None
         self.requires_grad_(True)
         self.train()
 
@@ -85,18 +113,18 @@ class Stage(nn.Module):
         """This stage's copy of a tied model's embedding, if it has one and another stage has the other."""
         return self.model.get_parameter(self._tied_name) if self._tied_name else None
 
-    def _in_place(self, meta: MetaModel, index: int, layers: range) -> nn.Module:
-        if index == layers.stop:
+    def _in_place(self, meta: MetaModel, index: int) -> nn.Module:
+        if index == self.cut.end:
             return _Exit(self._crossing)
-        if index not in layers:
+        if not self.cut.first <= index < self.cut.end:
             return _Elsewhere()
-        if index == layers.start:
+        if index == self.cut.first:
             meta.layers[index].register_forward_pre_hook(_Entrance(self._crossing))
         return meta.layers[index]
 
     def forward(self, values: Tensor) -> Tensor:
         self._check(values)
-        if self._is_first:
+        if self.cut.is_first:
             inputs = {"input_ids": values}
         else:
             # What the front makes of it is replaced; only its shape is of use.
@@ -105,7 +133,7 @@ class Stage(nn.Module):
             inputs = {"inputs_embeds": nothing.expand(*values.shape[:2], width)}
             self._crossing.incoming = values
         try:
-            if self._is_last:
+            if self.cut.is_last:
                 logits: Tensor = self.model(**inputs, use_cache=False).logits
                 return logits
             self.model.base_model(**inputs, use_cache=False)
@@ -116,14 +144,14 @@ class Stage(nn.Module):
             self._crossing.incoming = self._crossing.outgoing = None
 
     def _check(self, values: Tensor) -> None:
-        if self._is_first:
+        if self.cut.is_first:
             is_right = values.dim() == 2 and values.dtype in (torch.int64, torch.int32)
             wanted = "token ids [samples, tokens]"
         else:
             is_right = (
-                values.dim() == 3 and values.shape[2] == self._hidden_size and values.is_floating_point()
+                values.dim() == 3 and values.shape[2] == self.hidden_size and values.is_floating_point()
             )
-            wanted = f"hidden states [samples, tokens, {self._hidden_size}]"
+            wanted = f"hidden states [samples, tokens, {self.hidden_size}]"
         if not is_right:
             raise InputError(
                 f"The stage takes {wanted}, found {values.dtype} of shape {list(values.shape)}. "

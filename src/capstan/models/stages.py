@@ -22,37 +22,8 @@ from capstan.models.layer_profile import flops_per_token
 from capstan.models.meta_model import MetaModel, TensorSpec
 from capstan.models.on_meta import build_on_meta, refuse_quantised
 from capstan.models.seams import Ends, find_ends
-from capstan.models.stage import Stage
+from capstan.models.stage import Stage, StageCut
 from capstan.storage import Checkpoint
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageCut:
-    """Stage `index` of `num_stages`: the layers from `first` up to, not including, `end`.
-
-    The first stage also holds the input embedding and the last one the output matrix, `tensors` all their
-    names in the model's state; `num_parameters` are their elements, `stored_bytes` what is read of the
-    checkpoint, `flops_per_token` the forward's arithmetic apart from attention. Where `is_tied`, the output
-    matrix is a copy of the embedding.
-    """
-
-    index: int
-    num_stages: int
-    first: int
-    end: int
-    tensors: tuple[str, ...]
-    num_parameters: int
-    stored_bytes: int
-    flops_per_token: float
-    is_tied: bool
-
-    @property
-    def is_first(self) -> bool:
-        return self.index == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.num_stages - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +71,7 @@ def load_stage(folder: Path, cut: StageCut, *, dtype: torch.dtype = torch.float3
         }
     if cut.is_last and meta.is_tied:
         weights[meta.head_parameter] = weights[meta.table] if cut.is_first else weights.pop(meta.table)
-    return Stage(meta, range(cut.first, cut.end), opened.ends, weights)
+    return Stage(meta, cut, opened.ends, weights)
 
 
 def _open(folder: Path, dtype: torch.dtype) -> _Opened:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from capstan.errors import UnsupportedModel, UsageError
+from capstan.models import Stage
 from capstan.models.balance import balanced_ends
+from capstan.transport import Group
 
 
 def cut(model: nn.Sequential, num_stages: int) -> list[nn.Sequential]:
@@ -102,3 +104,28 @@ class Skeleton:
                 f"Between stages {index} and {index + 1} a row must pass for each of {num_samples} samples, "
                 f"found shape {tuple(values.shape)}."
             )
+
+
+class StageShapes:
+    """The shapes that pass between stages of a causal language model.
+
+    Raises:
+        UsageError: a rank has another rank's stage; all ranks raise it.
+    """
+
+    def __init__(self, stage: Stage, group: Group) -> None:
+        found = group.gather([stage.cut.index, stage.cut.num_stages])
+        wanted = [[rank, group.size] for rank in range(group.size)]
+        if found != wanted:
+            has = ", ".join(f"{index} of {count}" for index, count in found)
+            raise UsageError(
+                f"{group.size} ranks need stages 0 to {group.size - 1} of {group.size}, found {has}. Cut the "
+                "model into as many stages as there are ranks, and give each rank the stage of its number."
+            )
+        self._stage, self._num_stages = stage, group.size
+
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """What each stage gives for such token ids, on the meta device."""
+        dtype = next(self._stage.parameters()).dtype
+        widths = [self._stage.hidden_size] * (self._num_stages - 1) + [self._stage.vocabulary_size]
+        return [torch.empty(*inputs.shape, width, dtype=dtype, device="meta") for width in widths]
