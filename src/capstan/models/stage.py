@@ -18,8 +18,8 @@ class StageCut:
 
     The first stage also holds the input embedding and the last one the output matrix, `tensors` all their
     names in the model's state; `num_parameters` are their elements, `stored_bytes` what is read of the
-    checkpoint, `flops_per_token` the forward's arithmetic apart from attention. Where `is_tied`, the output
-    matrix is a copy of the embedding.
+    checkpoint, `flops_per_token` the arithmetic of forward apart from attention. Of a tied model, `table` is
+    the first stage's name of the embedding, and `table_copy` the last one's of the output matrix, its equal.
     """
 
     index: int
@@ -30,7 +30,8 @@ class StageCut:
     num_parameters: int
     stored_bytes: int
     flops_per_token: float
-    is_tied: bool
+    table: str | None
+    table_copy: str | None
 
     @property
     def is_first(self) -> bool:
@@ -103,15 +104,14 @@ class Stage(nn.Module):
         self._max_positions = meta.max_positions
         self._embedding = (meta.embedding_width, meta.compute_dtype)
         self.hidden_size, self.vocabulary_size = meta.hidden_size, meta.vocabulary_size
-        tied = meta.table if cut.is_first else meta.head_parameter
-        self._tied_name = tied if cut.is_tied and cut.is_first != cut.is_last else None
         self.requires_grad_(True)
         self.train()
 
     @property
     def tied_weight(self) -> nn.Parameter | None:
         """This stage's copy of a tied model's embedding, if it has one and another stage has the other."""
-        return self.model.get_parameter(self._tied_name) if self._tied_name else None
+        name = (self.cut.table or self.cut.table_copy) if self.cut.num_stages > 1 else None
+        return self.model.get_parameter(name) if name else None
 
     def _in_place(self, meta: MetaModel, index: int) -> nn.Module:
         if index == self.cut.end:

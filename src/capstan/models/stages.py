@@ -136,7 +136,8 @@ def _stage_cut(opened: _Opened, index: int, num_stages: int, first: int, end: in
         num_parameters=0,
         stored_bytes=0,
         flops_per_token=flops,
-        is_tied=meta.is_tied,
+        table=meta.table if meta.is_tied and index == 0 else None,
+        table_copy=meta.head_parameter if meta.is_tied and index == num_stages - 1 else None,
     )
     stored = _stored_names(meta, cut)
     pieces = [opened.checkpoint.tensors[piece.source] for name in stored for piece in opened.sources[name]]

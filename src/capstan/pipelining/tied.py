@@ -16,8 +16,8 @@ _ABOUT = "the gradient of the tied embedding"
 
 @contextmanager
 def gradients_summed(weight: nn.Parameter | None, group: Group, ledger: Ledger) -> Iterator[None]:
-    """The gradient that `weight` is given inside is, afterwards, the sum over both its copies, on both the same
-    bit for bit. Ranks without a copy give None."""
+    """The gradient that `weight` is given inside is, afterwards, the sum over both its copies, equal bit for
+    bit. Ranks without a copy give None."""
     if weight is None:
         yield
         return
