@@ -1,6 +1,7 @@
 """Causal language models in Hugging Face format, trained in stages as in one process."""
 
 import importlib.util
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 FILE = str(Path(__file__).with_name("language_model_cases.py"))
+PAGE = (Path(__file__).parents[2] / "docs" / "pipelining.md").read_text()
 VOCABULARY, SEQUENCE, HIDDEN = 48, 8, 16
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -57,6 +59,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return folder_of
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("kind", "size"), [("llama", 2), ("gemma2-tied", 3)])
 @pytest.mark.parametrize("visits", [1, 2])
 def test_full_precision_fine_tunes_as_one_process_does(in_world, cases, folder_of, kind, size, visits):
@@ -79,6 +82,7 @@ def test_full_precision_fine_tunes_as_one_process_does(in_world, cases, folder_o
     assert ranks[0]["bytes"] == wanted
 
 
+@pytest.mark.slow
 def test_compressed_changes_fine_tune_nearly_as_well_and_ends_agree(in_world, cases, folder_of):
     steps = 40
     losses, _ = cases.alone(folder_of("llama"), steps, 1.0)
@@ -105,3 +109,31 @@ def test_a_stage_of_another_rank_is_refused_by_all(in_world, folder_of):
         assert "found 0 of 2, 0 of 2." in found[0]
         assert "found 1 of 2, 0 of 2." in found[1]
         assert "found 0 of 3, 1 of 3." in found[2]
+
+
+def test_the_page_s_example_fine_tunes_and_writes_a_checkpoint(fork, torchrun, cases, folder_of, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    _, example = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    places = {
+        "models/llama": folder_of("llama"),
+        "models/tuned": tmp_path / "out",
+        "samples.pt": tmp_path / "in.pt",
+    }
+    for name, place in places.items():
+        assert f'"{name}"' in example
+        example = example.replace(f'"{name}"', repr(str(place)))
+    torch.save(cases.data(), tmp_path / "in.pt")
+    script = tmp_path / "script.py"
+    script.write_text(example)
+    ranks = [fork("commands.py", "script", str(script), environment=each) for each in torchrun(2)]
+    said = [rank.communicate(60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+
+    def loss_of(folder: Path) -> float:
+        samples = cases.data()
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(folder)(samples[:, :-1]).logits
+        return cases.token_loss(logits, samples[:, 1:]).item()
+
+    assert loss_of(tmp_path / "out") < loss_of(folder_of("llama")) - 0.02

@@ -62,7 +62,7 @@ def _refuse_shared(stages: Sequence[nn.Module]) -> None:
                 )
 
 
-class Skeleton:
+class ChainShapes:
     """The shapes that pass between stages, found without data: the layers, without their weights."""
 
     def __init__(self, stages: Sequence[nn.Sequential]) -> None:

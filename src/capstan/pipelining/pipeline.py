@@ -15,7 +15,7 @@ from capstan.errors import InputError, UsageError, unknown_name
 from capstan.models import Stage
 from capstan.pipelining.boundary import BoundaryEnd
 from capstan.pipelining.compression import Compression
-from capstan.pipelining.cutting import Skeleton, StageShapes, cut
+from capstan.pipelining.cutting import ChainShapes, StageShapes, cut
 from capstan.pipelining.tied import gradients_summed
 from capstan.pipelining.traffic import micro_batches
 from capstan.transport import Group, Ledger
@@ -78,13 +78,13 @@ class Pipeline:
         self._loss, self._schedule, self._num_micro_batches = loss, schedule, num_micro_batches
         self.compression = compression or Compression()
         self.group = Group(process_group, patience_s=patience_s)
-        self._shapes: Skeleton | StageShapes
+        self._shapes: ChainShapes | StageShapes
         module: nn.Module = model
         if isinstance(model, Stage):
             self._shapes = StageShapes(model, self.group)
         else:
             stages = cut(model, self.group.size)
-            self._shapes, module = Skeleton(stages), stages[self.group.rank]
+            self._shapes, module = ChainShapes(stages), stages[self.group.rank]
         _warn_of_dropout(model, self.compression)
         self.module = module.to(self._device)
         self._tied = model.tied_weight if isinstance(model, Stage) else None
