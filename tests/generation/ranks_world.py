@@ -49,7 +49,7 @@ def _run(case: dict[str, Any], planner: Planner, rank: int, scratch: Path) -> di
         if "texts" in case:
             answers: Any = [score.logprobs for score in engine.score(case["texts"])]
         else:
-            done = {each.id: each for each in engine.generate([Request(**each) for each in case["requests"]])}
+            done = {each.id: each for each in engine.generate(map(_request, case["requests"]))}
             answers = [_answer(done[str(index)]) for index in range(len(case["requests"]))]
         assert engine.trace is not None
         return {
@@ -61,6 +61,11 @@ def _run(case: dict[str, Any], planner: Planner, rank: int, scratch: Path) -> di
             "planned peak": dict(engine.plan.peak_bytes),
             "waves": next(each.reason for each in engine.plan.choices if each.name.startswith("rank")),
         }
+
+
+def _request(written: dict[str, Any]) -> Request:
+    """JSON has no numbers for names."""
+    return Request(**written | {"logit_bias": dict(written.get("logit_bias", ()))})
 
 
 def _answer(completion: Any) -> dict[str, Any]:

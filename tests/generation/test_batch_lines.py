@@ -19,6 +19,7 @@ CONTEXT = 64
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
 TEMPLATE = (
+    "{% if mood %}<{{ mood }}>{% endif %}{% for each in documents or [] %}<{{ each.text }}>{% endfor %}"
     "{% for message in messages %}"
     "{% if message.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
     "<{{ message.role }}>{{ message.content }}"
@@ -209,7 +210,45 @@ def test_what_changes_nothing_may_be_said(accept: Callable[..., BatchRequest]) -
         stream=False,
         suffix=None,
         response_format={"type": "text"},
+        tools=[],
+        tool_choice="none",
     )
+    nothing = dict.fromkeys(
+        (
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "logit_bias",
+            "stream_options",
+            "parallel_tool_calls",
+            "reasoning_effort",
+        )
+    )
+    asked = accept(prompt="x", chat_template_kwargs={}, **nothing).request
+    assert asked == accept(prompt="x").request
+    assert not asked.has_penalties
+
+
+def test_penalties_bias_and_min_p_are_read_as_they_are_written(accept: Callable[..., BatchRequest]) -> None:
+    asked = accept(
+        prompt="x",
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-2,
+        frequency_penalty=2,
+        logit_bias={"0": -100, "255": 2.5},
+    ).request
+    assert (asked.min_p, asked.repetition_penalty) == (0.25, 1.5)
+    assert (asked.presence_penalty, asked.frequency_penalty) == (-2.0, 2.0)
+    assert asked.logit_bias == {0: -100.0, 255: 2.5}
+
+
+def test_a_chat_template_gets_the_variables_that_a_request_states(
+    accept: Callable[..., BatchRequest], model: Any
+) -> None:
+    asked = accept(messages=[USER], chat_template_kwargs={"mood": "calm", "documents": [{"text": "facts"}]})
+    assert model.tokenizer.decode(asked.request.prompt) == "<calm><facts><user>hi<assistant>"
 
 
 def test_lines_without_text_are_passed_over_and_counted(model: Any) -> None:
@@ -273,11 +312,45 @@ def openai(**changes: Any) -> dict[str, Any]:
         ({"prompt": "x", "prompt_logprobs": 101}, "prompt_logprobs from 0 to 100"),
         ({"prompt": "x", "echo": "yes"}, "echo"),
         ({"prompt": "x", "temprature": 1}, "'temprature' is not a parameter"),
-        ({"prompt": "x", "presence_penalty": 1}, "presence_penalty=1"),
-        ({"prompt": "x", "frequency_penalty": -0.5}, "frequency_penalty=-0.5"),
+        ({"prompt": "x", "presence_penalty": 2.5}, "presence_penalty from -2 to 2, not 2.5"),
+        ({"prompt": "x", "frequency_penalty": -3}, "frequency_penalty from -2 to 2, not -3"),
+        ({"prompt": "x", "frequency_penalty": "1"}, "frequency_penalty: Input should be a valid number"),
+        ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty above 0, not 0"),
+        ('{"prompt": "x", "repetition_penalty": Infinity}', "repetition_penalty above 0, not inf"),
+        ({"prompt": "x", "min_p": 1.5}, "min_p from 0 to 1, not 1.5"),
+        ({"prompt": "x", "min_p": True}, "min_p: Input should be a valid number"),
+        ({"prompt": "x", "temperature": "0.5"}, "temperature: Input should be a valid number"),
+        ({"prompt": "x", "temperature": True}, "temperature: Input should be a valid number"),
+        ({"prompt": "x", "top_p": "1"}, "top_p: Input should be a valid number"),
+        ({"prompt": "x", "logit_bias": {"5": 101}}, "logit_bias from -100 to 100 for token 5, not 101"),
+        ('{"prompt": "x", "logit_bias": {"5": NaN}}', "logit_bias from -100 to 100 for token 5, not nan"),
+        ({"prompt": "x", "logit_bias": {"256": 1}}, "logit_bias has token ids outside 0 … 255"),
+        *[
+            ({"prompt": "x", "logit_bias": {name: 1}}, f"logit_bias: {name!r} is not a token id")
+            for name in ("hi", "-1", "5.0", " 5", "05", "1_0", "٣", "", "9" * 5000)
+        ],
+        ({"prompt": "x", "logit_bias": {"5": "1"}}, "logit_bias.5: Input should be a valid number"),
+        ({"prompt": "x", "logit_bias": [5]}, "logit_bias: Input should be a valid dictionary"),
+        ({"prompt": "x", "chat_template_kwargs": {"a": 1}}, "'chat_template_kwargs' is for chats"),
+        ({"messages": [USER], "chat_template_kwargs": "a"}, "chat_template_kwargs: Input should be"),
+        ({"messages": [USER], "chat_template_kwargs": {"messages": []}}, "refuses these messages"),
+        *[
+            (
+                {"messages": [USER], "chat_template_kwargs": {name: True}},
+                f"chat_template_kwargs: {name!r} is no variable",
+            )
+            for name in ("tokenize", "add_generation_prompt", "chat_template", "conversation", "return_dict")
+        ],
+        ({"messages": [USER], "tool_choice": "auto"}, "tool_choice='auto'"),
+        ({"messages": [USER], "parallel_tool_calls": False}, "parallel_tool_calls=False"),
+        ({"messages": [USER], "reasoning_effort": "low"}, "reasoning_effort='low'"),
+        (
+            {"prompt": "x", "stream_options": {"include_usage": True}},
+            "stream_options={'include_usage': True}",
+        ),
+        ({"prompt": "x", "best_of": True}, "best_of=True"),
         ({"prompt": "x", "stream": True}, "stream=True"),
         ({"prompt": "x", "best_of": 2}, "best_of=2"),
-        ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),
         ({"prompt": "x", "suffix": "y"}, "suffix='y'"),
         ({"messages": [USER], "tools": [{"type": "function"}]}, "tools"),
         ({"messages": [USER], "response_format": {"type": "json_object"}}, "response_format"),

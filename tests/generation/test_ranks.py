@@ -111,12 +111,15 @@ def test_two_ranks(
     cases.append(_case(llama, [], STREAMED, (1, 3), 2) | {"requests": shared})
     ending = [{"prompt": [0, 30 + at], "max_tokens": 24} for at in range(8)]
     cases.append(_case(text_model, [], STREAMED, (1, 2), 2) | {"requests": ending})
+    plain = {"prompt": [5, 9, 2, 7], "max_tokens": 9, "ignore_eos": True}
+    penalised = [plain | {"repetition_penalty": 1.8}, plain, plain | {"logit_bias": [[7, 100.0]]}]
+    cases.append(_case(llama, [], STREAMED, (1, 2), 2) | {"requests": penalised})
     found = run_world(2, cases)
 
     for (name, *_), reports in zip(TWO, found, strict=False):
         _check_greedy(reports, expected(name))
     assert "2 waves" in found[0][0]["waves"]
-    scores, unequal, refused, asked, prefixed, early = found[greedy:]
+    scores, unequal, refused, asked, prefixed, early, less_likely = found[greedy:]
 
     reference = open_reference(llama)
     for report in scores:
@@ -148,6 +151,10 @@ def test_two_ranks(
         for request, answer in zip(ending, answers, strict=True):
             assert answer["tokens"][0] == stopping.greedy(request["prompt"], 24, eos_token_id=1)
     assert early[0]["answers"] == early[1]["answers"]
+    prompt = plain["prompt"]
+    wanted = [reference.greedy(prompt, 9, repetition_penalty=1.8), reference.greedy(prompt, 9), [7] * 9]
+    assert wanted[0] != wanted[1]
+    _check_greedy(less_likely, wanted)
 
 
 def test_three_ranks(

@@ -23,7 +23,7 @@ from capstan.generation.planning.memory import extent_of
 from capstan.generation.planning.opening import plan_for
 from capstan.generation.planning.planner import JobPlan, Planner
 from capstan.generation.planning.prefixes import shared_prefix
-from capstan.generation.prompts import check_length, tokens_of
+from capstan.generation.prompts import check_bias, check_length, tokens_of
 from capstan.generation.requests import Completion, Request, Score
 from capstan.generation.runtime.arrivals import Arrivals
 from capstan.generation.runtime.job import Job
@@ -202,7 +202,8 @@ class Engine:
         A request without an id gets its index as one.
 
         Raises:
-            InputError: an empty prompt, or one that does not fit the model's context.
+            InputError: an empty prompt, one that does not fit the model's context, or a bias for a token that
+                the model does not have.
         """
         asked = [
             request if request.id else replace(request, id=str(index))
@@ -266,7 +267,8 @@ class Engine:
         """The sequences that answer a request, one for each answer, as `answer` takes them.
 
         Raises:
-            InputError: an empty prompt, or one that does not fit the model's context.
+            InputError: an empty prompt, one that does not fit the model's context, or a bias for a token that
+                the model does not have.
         """
         return self._sequences(0, request)
 
@@ -286,6 +288,7 @@ class Engine:
     def _sequences(self, index: int, request: Request, *, fits: int | None = None) -> list[Growing]:
         prompt = tokens_of(self.model, request.prompt)
         check_length(self.model, len(prompt), request.max_tokens if fits is None else fits)
+        check_bias(self.model, request.logit_bias)
         return [
             Growing(
                 request=request,

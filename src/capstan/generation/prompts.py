@@ -1,10 +1,14 @@
 """From what a user writes to token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from capstan.errors import InputError
 from capstan.generation.model import Model
+
+# Parameters of transformers' `apply_chat_template` that it hands to the template as they are.
+_VARIABLES = frozenset({"tools", "documents"})
 
 
 def tokens_of(model: Model, prompt: str | Sequence[int]) -> list[int]:
@@ -21,19 +25,32 @@ def tokens_of(model: Model, prompt: str | Sequence[int]) -> list[int]:
         tokens = list(model.tokenizer(_whole(prompt))["input_ids"])
     if not tokens:
         raise InputError("The prompt is empty; a prompt needs at least one token.")
-    size = model.skeleton.vocabulary_size
-    if not all(0 <= token < size for token in tokens):
-        raise InputError(f"A prompt has token ids outside 0 … {size - 1}, the model's vocabulary.")
+    _check_tokens(model, tokens, "A prompt")
     return tokens
 
 
-def chat_tokens(model: Model, messages: Sequence[dict[str, Any]]) -> list[int]:
+def check_bias(model: Model, logit_bias: Mapping[int, float]) -> None:
+    """Raise `InputError` if tokens are to be biased that the model does not have."""
+    _check_tokens(model, logit_bias, "logit_bias")
+
+
+def _check_tokens(model: Model, tokens: Iterable[int], what: str) -> None:
+    size = model.skeleton.vocabulary_size
+    if not all(0 <= token < size for token in tokens):
+        raise InputError(f"{what} has token ids outside 0 … {size - 1}, the model's vocabulary.")
+
+
+def chat_tokens(
+    model: Model, messages: Sequence[dict[str, Any]], template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
     """The token ids of a conversation, by the model's own chat template, up to where the answer begins.
 
-    A content that is a list of text parts is one text, the parts put together as they are.
+    A content that is a list of text parts is one text, the parts put together as they are. The template gets
+    `template_kwargs` as variables, as transformers' `apply_chat_template` gives them.
 
     Raises:
-        InputError: there is no chat template, it refuses the messages, or a part is not text.
+        InputError: there is no chat template, it refuses the messages, a part is not text, or a variable is
+            one of `apply_chat_template`'s own settings.
     """
     template = getattr(model.tokenizer, "chat_template", None)
     if template is None:
@@ -43,9 +60,20 @@ def chat_tokens(model: Model, messages: Sequence[dict[str, Any]]) -> list[int]:
         )
     from jinja2 import TemplateError
 
+    variables = dict(template_kwargs or {})
+    own = sorted(
+        (signature(model.tokenizer.apply_chat_template).parameters.keys() - _VARIABLES) & variables.keys()
+    )
+    if own:
+        raise InputError(
+            f"chat_template_kwargs: {own[0]!r} is no variable of a chat template but a setting of how it is "
+            "used; leave it out."
+        )
     plain = [_in_plain_text(message, number) for number, message in enumerate(messages, start=1)]
     try:
-        text = model.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        text = model.tokenizer.apply_chat_template(
+            plain, tokenize=False, add_generation_prompt=True, **variables
+        )
     except (TemplateError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"The chat template of {model.folder.name} refuses these messages: {error}"

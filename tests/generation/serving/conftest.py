@@ -23,7 +23,7 @@ from capstan.generation.serving import Limits, listen, run_server
 
 LONGEST, SLOTS = 96, 8
 TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    "{{ name }}{% for message in messages %}{{ message['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}crew {% endif %}"
 )
 

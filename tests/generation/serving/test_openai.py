@@ -1,5 +1,6 @@
 """The openai client, unchanged, gets what the engine itself answers."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,41 @@ def test_every_parameter_reaches_the_engine(running: Any, client: openai.OpenAI)
     more = {"top_k": 1, "ignore_eos": True}
     likeliest = client.completions.create(model="crew", prompt=PROMPTS[1], extra_body=more, **settings)
     assert likeliest.choices[0].text == _alone(running, prompt=PROMPTS[1], max_tokens=12).text
+
+
+def test_penalties_bias_and_min_p_reach_the_engine(running: Any, client: openai.OpenAI) -> None:
+    known: dict[str, Any] = {
+        "presence_penalty": 1.5,
+        "frequency_penalty": -0.5,
+        "logit_bias": {"9": 3, "5": -100},
+    }
+    extra = {"repetition_penalty": 1.4, "min_p": 0.1, "ignore_eos": True}
+    settings: dict[str, Any] = {"prompt": PROMPTS[1], "max_tokens": 12, "temperature": 0.9, "seed": 5, "n": 2}
+    done = client.completions.create(model="crew", extra_body=extra, **settings, **known)
+    asked = settings | known | extra | {"logit_bias": {9: 3.0, 5: -100.0}}
+    expected = [answer.text for answer in _alone(running, **asked).answers]
+    assert [choice.text for choice in done.choices] == expected
+    plain = [answer.text for answer in _alone(running, **settings, ignore_eos=True).answers]
+    assert set(expected).isdisjoint(plain)
+
+
+def test_every_event_of_a_stream_has_a_place_for_usage_where_it_is_wanted(running: Any) -> None:
+    body: dict[str, Any] = {"prompt": PROMPTS[0], "max_tokens": 3, "ignore_eos": True, "stream": True}
+
+    def events(options: dict[str, Any] | None) -> list[dict[str, Any]]:
+        with running.http() as client:
+            text = client.post("/v1/completions", json=body | {"stream_options": options}).text
+        lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
+        assert lines.pop() == "[DONE]"
+        return [json.loads(line) for line in lines]
+
+    *before, last = events({"include_usage": True})
+    assert len(before) >= 2
+    assert all(event["usage"] is None and len(event["choices"]) == 1 for event in before)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 3
+    for options in (None, {"include_usage": False}):
+        assert all("usage" not in event and event["choices"] for event in events(options))
 
 
 def test_several_prompts_in_one_request_are_answered_in_their_order(
@@ -191,6 +227,11 @@ def test_tokens_of_text_and_text_of_tokens(running: Any) -> None:
         assert (
             client.post("/tokenize", json=chat).json()["tokens"]
             == running.engine.model.tokenizer("a small crew ", add_special_tokens=False)["input_ids"]
+        )
+        called = client.post("/tokenize", json=chat | {"chat_template_kwargs": {"name": "crew "}}).json()
+        assert (
+            called["tokens"]
+            == running.engine.model.tokenizer("crew a small crew ", add_special_tokens=False)["input_ids"]
         )
         assert client.post("/detokenize", json={"tokens": bare["tokens"]}).json() == {"prompt": PROMPTS[0]}
     assert found["tokens"] == list(_alone(running, prompt=PROMPTS[0], max_tokens=1).prompt_tokens)

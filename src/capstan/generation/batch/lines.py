@@ -4,37 +4,47 @@
     {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": […]}}
     {"prompt": "…", "max_tokens": 64}
 
-Source: OpenAI's batch input and output objects. `top_k`, `ignore_eos` and `prompt_logprobs` are the names
-that other engines gave these extensions.
+Source: OpenAI's batch input and output objects; vLLM's for what OpenAI does not have, such as `top_k`,
+`min_p`, `repetition_penalty`, `ignore_eos` and `chat_template_kwargs`.
 Differs: temperature is 0 unless stated, so that the same file gives the same answers.
 """
 
+import re
 from collections.abc import Iterable, Set
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from capstan.errors import CapstanError, InputError, UsageError
 from capstan.generation.batch.ids import BatchLine, batch_lines
 from capstan.generation.batch.shard import WHOLE, Shard
 from capstan.generation.model import Model
-from capstan.generation.prompts import chat_tokens, check_length, tokens_of
+from capstan.generation.prompts import chat_tokens, check_bias, check_length, tokens_of
 from capstan.generation.requests import Request
 
 # Fields that change nothing here, and the only values of others that this engine can honour.
-_IGNORED = frozenset(
-    {"model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier"}
-)
-_ONLY = {
-    "presence_penalty": (0, None),
-    "frequency_penalty": (0, None),
-    "logit_bias": ({}, None),
+_IGNORED = frozenset({"model", "user", "metadata", "store", "service_tier", "safety_identifier"})
+_ONLY: dict[str, tuple[Any, ...]] = {
     "best_of": (1, None),
     "stream": (False, None),
-    "suffix": (None, ""),
+    "stream_options": (None,),
+    "suffix": ("", None),
     "tools": ([], None),
+    "tool_choice": ("none", None),
+    "parallel_tool_calls": (None,),
     "response_format": ({"type": "text"}, None),
+    "reasoning_effort": (None,),
 }
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 class Body(BaseModel):
@@ -46,9 +56,14 @@ class Body(BaseModel):
     messages: list[dict[str, Any]] | None = None
     max_tokens: StrictInt | None = None
     max_completion_tokens: StrictInt | None = None
-    temperature: float | None = None
+    temperature: StrictFloat | None = None
     top_k: StrictInt | None = None
-    top_p: float | None = None
+    top_p: StrictFloat | None = None
+    min_p: StrictFloat | None = None
+    repetition_penalty: StrictFloat | None = None
+    presence_penalty: StrictFloat | None = None
+    frequency_penalty: StrictFloat | None = None
+    logit_bias: dict[StrictStr, StrictFloat] | None = None
     seed: StrictInt | None = None
     stop: StrictStr | list[StrictStr] | None = None
     stop_token_ids: list[StrictInt] | None = None
@@ -60,6 +75,7 @@ class Body(BaseModel):
     prompt_logprobs: StrictInt | None = None
     echo: StrictBool = False
     ignore_eos: StrictBool = False
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class _Line(BaseModel):
@@ -157,8 +173,10 @@ def batch_request(custom_id: str, body: Body, url: str | None, model: Model, max
     if url is not None and is_chat != (url == "/v1/chat/completions"):
         given, wanted = ("messages", "prompt") if is_chat else ("prompt", "messages")
         raise UsageError(f"url: {url} takes {wanted!r}, but the body has {given!r}")
+    if body.chat_template_kwargs and not is_chat:
+        raise UsageError("'chat_template_kwargs' is for chats, not for a 'prompt'")
     prompt = (
-        chat_tokens(model, body.messages)
+        chat_tokens(model, body.messages, body.chat_template_kwargs)
         if body.messages is not None
         else tokens_of(model, body.prompt or "")
     )
@@ -171,6 +189,11 @@ def batch_request(custom_id: str, body: Body, url: str | None, model: Model, max
         temperature=body.temperature or 0.0,
         top_k=max(0, body.top_k or 0),
         top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias={_token_id(token): bias for token, bias in (body.logit_bias or {}).items()},
         seed=body.seed,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
@@ -182,6 +205,7 @@ def batch_request(custom_id: str, body: Body, url: str | None, model: Model, max
         ignore_eos=body.ignore_eos,
     )
     check_length(model, len(prompt), request.max_tokens)
+    check_bias(model, request.logit_bias)
     stated = (body.model_extra or {}).get("model")
     return BatchRequest(custom_id, request, is_chat, body.echo, stated if isinstance(stated, str) else None)
 
@@ -190,13 +214,20 @@ def _first_stated(*values: int | None) -> int:
     return next(value for value in values if value is not None)
 
 
+def _token_id(text: str) -> int:
+    """A token id that is written as text, as the names of a JSON object are."""
+    if not _TOKEN_ID.fullmatch(text):
+        raise UsageError(f"logit_bias: {text!r} is not a token id")
+    return int(text)
+
+
 def _refuse_unknown(body: Body) -> None:
     for name, value in (body.model_extra or {}).items():
         if name in _IGNORED:
             continue
         if name not in _ONLY:
             raise UsageError(f"{name!r} is not a parameter that this engine knows; leave it out")
-        if value not in _ONLY[name]:
+        if not any(value == known and type(value) is type(known) for known in _ONLY[name]):
             raise UsageError(f"{name}={value!r} is not something this engine does; leave it out")
 
 

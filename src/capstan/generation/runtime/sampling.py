@@ -2,25 +2,33 @@
 
 Chance is a pure function of the request's seed (or else of its id) and the token's step, so an answer does
 not depend on which batch or block computed it.
+
+The order is that of vLLM: what must not come is ruled out, `logit_bias` is added, penalties are applied, then
+the likeliest token is taken; or else logits are divided by the temperature, and min-p, top-k and top-p, in
+this order, leave those among which one is drawn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import inf, log
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from capstan.generation.requests import TokenLogprob
+from capstan.generation.runtime.penalties import Penalties, penalise
 
 _MASK = 2**64 - 1
 # Temperatures that a float32 can divide by; a smaller one leaves the likeliest token only.
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-30, 1e30
+_NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 class Draw(NamedTuple):
     """How one row of logits becomes a token: the request's settings, its seed, and the token's step.
 
-    `banned` are tokens that must not come.
+    `banned` are tokens that must not come; `bias` is what is added to tokens' logits.
     """
 
     temperature: float
@@ -29,6 +37,9 @@ class Draw(NamedTuple):
     seed: int
     step: int
     banned: frozenset[int] = frozenset()
+    min_p: float = 0.0
+    bias: Mapping[int, float] = _NO_BIAS
+    penalties: Penalties | None = None
 
 
 def uniform(seed: int, index: int) -> float:
@@ -41,7 +52,7 @@ def uniform(seed: int, index: int) -> float:
 
 def choose(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """A token for each row of logits `[rows, vocabulary]` (float32): `[rows]`."""
-    logits = _without_banned(logits, draws)
+    logits = _adjusted(logits, draws)
     tokens = logits.argmax(dim=-1)
     sampled = [row for row, draw in enumerate(draws) if draw.temperature >= _LEAST_TEMPERATURE]
     if sampled:
@@ -50,18 +61,36 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     return tokens
 
 
-def _without_banned(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The logits, in which what must not come has no chance."""
+def _adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The logits as requests want them before chance comes in; another tensor if that changes anything."""
     size = logits.shape[1]
-    pairs = [(row, token) for row, draw in enumerate(draws) for token in draw.banned if token < size]
-    if not pairs:
+    added = {
+        row * size + token: value
+        for row, draw in enumerate(draws)
+        if draw.bias or draw.banned
+        for token, value in {**draw.bias, **dict.fromkeys(draw.banned, -inf)}.items()
+        if token < size
+    }
+    penalties = {row: draw.penalties for row, draw in enumerate(draws) if draw.penalties is not None}
+    if not added and not penalties:
         return logits
-    rows, tokens = torch.tensor(pairs, device=logits.device).T
-    return logits.index_put((rows, tokens), torch.tensor(-torch.inf, device=logits.device))
+    logits = logits.clone(memory_format=torch.contiguous_format)
+    if added:
+        _add(logits.view(-1), added)
+    if penalties:
+        penalise(logits, penalties)
+    return logits
+
+
+def _add(flat: Tensor, added: Mapping[int, float]) -> None:
+    """Add to some places, in place."""
+    places = torch.tensor(list(added), device=flat.device)
+    flat[places] += torch.tensor(list(added.values()), device=flat.device)
 
 
 def _sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Invert the cumulative distribution of the tokens that top-k, then top-p leave, at a uniform number."""
+    """Invert the cumulative distribution of the tokens that min-p, top-k, then top-p leave, at a uniform
+    number."""
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
@@ -70,6 +99,11 @@ def _sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     ordered, order = (logits / temperatures).sort(dim=-1, descending=True)
     rank = torch.arange(ordered.shape[1], device=logits.device)
     beyond = rank >= column([draw.top_k or ordered.shape[1] for draw in draws])
+    if any(draw.min_p for draw in draws):
+        # p < min_p p_most, in logarithms
+        beyond |= ordered < ordered[:, :1] + column(
+            [log(draw.min_p) if draw.min_p else -inf for draw in draws]
+        )
     probabilities = ordered.masked_fill_(beyond, -torch.inf).softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     kept = ~beyond & (before < column([draw.top_p for draw in draws]))
@@ -84,7 +118,7 @@ def _sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 def logprobs_of(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
     """The log-probability of `tokens[i]` in row i, with the `counts[i]` likeliest tokens beside it.
 
-    Log-probabilities are the model's own: before temperature, top-k and top-p.
+    Log-probabilities are the model's own: before bias, penalties, temperature and all that follows.
     """
     logprobs = logits.log_softmax(dim=-1)
     own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()

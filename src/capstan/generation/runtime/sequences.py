@@ -8,6 +8,7 @@ from typing import Any
 from capstan.generation.detokenizer import AnswerText, TokenTexts, texts_of
 from capstan.generation.planning.batching import Length
 from capstan.generation.requests import Answer, Completion, FinishReason, Request, TokenLogprob
+from capstan.generation.runtime.penalties import Penalties, Tally
 from capstan.generation.runtime.sampling import Draw
 
 # What lies between the seeds of two answers to one request: odd, so that no two of 2**64 are the same.
@@ -56,7 +57,22 @@ class Sequence:
             seed=self._seed,
             step=step,
             banned=self._ends if step < request.min_tokens else frozenset(),
+            min_p=request.min_p,
+            bias=request.logit_bias,
+            penalties=self._penalties() if request.has_penalties else None,
         )
+
+    def _penalties(self) -> Penalties:
+        self._tally.count(self.generated)
+        request = self.request
+        return Penalties(
+            request.repetition_penalty, request.presence_penalty, request.frequency_penalty, self._tally
+        )
+
+    @cached_property
+    def _tally(self) -> Tally:
+        """What has come; the prompt's tokens only where they are penalised."""
+        return Tally(self.prompt if self.request.repetition_penalty != 1 else ())
 
     @cached_property
     def _seed(self) -> int:

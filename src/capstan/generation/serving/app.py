@@ -264,7 +264,7 @@ def _tokens(body: TokenizeBody, served: Served) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise Refused(400, "Give either 'prompt' or 'messages'.")
     if body.messages is not None:
-        return chat_tokens(served.model, body.messages)
+        return chat_tokens(served.model, body.messages, body.chat_template_kwargs)
     if served.model.tokenizer is None:
         raise Refused(400, f"{served.name} has no tokenizer; its prompts are token ids.")
     encoded = served.model.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens)

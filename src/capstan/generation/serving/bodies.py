@@ -33,8 +33,9 @@ class _StreamOptions(BaseModel):
 
 class GenerationBody(BaseModel):
     """A completion or a chat completion. Beside these fields it has the parameters of a batch line:
-    max_tokens, temperature, top_k, top_p, seed, stop, n, logprobs, top_logprobs, prompt_logprobs, echo,
-    ignore_eos."""
+    max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+    logit_bias, seed, stop, n, logprobs, top_logprobs, prompt_logprobs, echo, ignore_eos,
+    chat_template_kwargs."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -53,6 +54,7 @@ class TokenizeBody(BaseModel):
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: StrictBool = True
 
 
@@ -153,6 +155,8 @@ def asked_of(
         raise Refused(400, str(error)) from None
     _require_answers(sum(asked.request.n for asked in requests), room)
     streams = bool(body.stream)
+    if body.stream_options is not None and not streams:
+        raise Refused(400, "'stream_options' is for streams; leave it out.", param="stream_options")
     shows_prompt = any(asked.request.prompt_logprobs is not None for asked in requests)
     if streams and shows_prompt:
         raise Refused(400, "Log-probabilities of the prompt do not come in a stream; leave 'stream' out.")

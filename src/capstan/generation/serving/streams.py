@@ -101,8 +101,12 @@ class _Choice:
 
 
 async def events_of(ask: Ask, asked: Asked, frame: Json) -> AsyncIterator[Json]:
-    """The events of an ask until all is done; `frame` is what every event has."""
+    """The events of an ask until all is done; `frame` is what every event has.
+
+    Where usage is wanted, it stands in an event of its own at the end, and all others have none.
+    """
     assert ask.grown is not None
+    usage: Json = {"usage": None} if asked.includes_usage else {}
     choices: list[_Choice] = []
     for one, request in zip(asked.requests, ask.requests, strict=True):
         choices += [
@@ -116,12 +120,12 @@ async def events_of(ask: Ask, asked: Asked, frame: Json) -> AsyncIterator[Json]:
             ask.grown.clear()
         for choice in choices:
             for event in choice.events():
-                yield frame | {"choices": [event]}
+                yield frame | {"choices": [event]} | usage
     if asked.includes_usage:
         num_prompt = sum(len(request[0].prompt) for request in ask.requests)
         num_new = 0 if asked.cuts else sum(len(growing.generated) for growing in ask.sequences)
-        usage = {"prompt_tokens": num_prompt, "completion_tokens": num_new}
-        yield frame | {"choices": [], "usage": usage | {"total_tokens": num_prompt + num_new}}
+        counts = {"prompt_tokens": num_prompt, "completion_tokens": num_new}
+        yield frame | {"choices": [], "usage": counts | {"total_tokens": num_prompt + num_new}}
 
 
 class EventReply(Response):
