@@ -49,6 +49,14 @@ def alone(steps: int, size: int, clip: float | None = None) -> tuple[list[float]
     return losses, [each.detach() for each in whole.parameters()]
 
 
+def added_up() -> list[torch.Tensor]:
+    """What three backwards leave in one process."""
+    whole, texts = model(), data()
+    for ids in batches(3, 8):
+        token_loss(whole(texts[ids, :-1]), texts[ids, 1:]).backward()
+    return [each.grad for each in whole.parameters() if each.grad is not None]
+
+
 def exact(rank: int, size: int, arguments: dict[str, Any]) -> dict[str, Any]:
     texts = data()
     pipeline = Pipeline(
@@ -69,6 +77,17 @@ def exact(rank: int, size: int, arguments: dict[str, Any]) -> dict[str, Any]:
         "weights": [each.detach() for each in pipeline.parameters()],
         "bytes": {" ".join(key): size for key, size in pipeline.ledger.traffic.size_bytes.items()},
     }
+
+
+def adding_up(rank: int, size: int, arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """Gradients of three steps without an optimizer's between them."""
+    texts, pipeline = (
+        data(),
+        Pipeline(model(), token_loss, num_micro_batches=arguments["parts"], patience_s=60),
+    )
+    for ids in batches(3, 8):
+        pipeline.step(texts[ids, :-1], texts[ids, 1:])
+    return [each.grad for each in pipeline.parameters() if each.grad is not None]
 
 
 def compressed(rank: int, size: int, arguments: dict[str, Any]) -> dict[str, Any]:

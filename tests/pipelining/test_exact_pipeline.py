@@ -9,12 +9,17 @@ FILE = str(Path(__file__).with_name("pipeline_cases.py"))
 
 
 @pytest.fixture(scope="module")
-def alone():
+def cases():
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("pipeline_cases", FILE)
     cases = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cases)
+    return cases
+
+
+@pytest.fixture(scope="module")
+def alone(cases):
     return cases.alone
 
 
@@ -39,6 +44,14 @@ def test_fifty_steps_are_those_of_one_process(in_world, alone, schedule, size):
         if rank > 0:
             wanted[f"rank {rank}->rank {rank - 1} gradients"] = gradients
         assert each["bytes"] == wanted
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_gradients_of_several_steps_add_up_as_backward_does(in_world, cases, parts):
+    ranks = in_world(FILE, "adding_up", 2, {"parts": parts})
+    found = [gradient for each in ranks for gradient in each]
+    for gradient, wanted in zip(found, cases.added_up(), strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [6, 5, 1])

@@ -57,7 +57,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not_and_sends_what_was_plan
 
 
 def test_the_page_s_example_trains(fork, torchrun, tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     script = tmp_path / "script.py"
     script.write_text(example)
     ranks = [fork("commands.py", "script", str(script), environment=each) for each in torchrun(2)]

@@ -13,7 +13,7 @@ after the other, with their positions. All of a decoder but attention works toke
 padded; attention is the caller's (`attend_with`), who knows where each sequence lies.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -118,9 +118,7 @@ class MetaModel:
         ]
         self._blanks = {name: holder[key] for slots in self._slots for name, holder, key in slots}
         self._order = _Order()
-        model.get_submodule(path.rpartition(".")[0]).add_module(
-            path.rpartition(".")[2], nn.ModuleList(_Tap(self._order) for _ in self.layers)
-        )
+        self.put_layers(_Tap(self._order) for _ in self.layers)
         self.table = _name_of(model, model.get_input_embeddings(), "input embedding")
         head = _name_of(model, model.get_output_embeddings(), "output embedding")
         self.is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -133,6 +131,11 @@ class MetaModel:
     def untie(self) -> None:
         """The output matrix is one of its own, whatever the config says."""
         self.is_tied, self.head = False, self.head_parameter
+
+    def put_layers(self, modules: Iterable[nn.Module]) -> None:
+        """Put one module in the place of each layer of the model that transformers has built."""
+        parent, _, name = self.layers_path.rpartition(".")
+        self.model.get_submodule(parent).add_module(name, nn.ModuleList(modules))
 
     @property
     def num_layers(self) -> int:
@@ -172,6 +175,11 @@ class MetaModel:
         """What layer `index` needs, by full name."""
         prefix = self._layer_prefixes[index]
         return [spec for name, spec in self.state.items() if name.startswith(prefix)]
+
+    def slots(self) -> Iterator[ParameterSlot]:
+        """Every slot of the layers, and of what is around them."""
+        yield from (slot for slots in self._slots for slot in slots)
+        yield from parameter_slots(self.model, "")
 
     @cached_property
     def rest(self) -> list[TensorSpec]:

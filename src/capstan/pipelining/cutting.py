@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from capstan.errors import UnsupportedModel, UsageError
+from capstan.models import Stage
+from capstan.models.balance import balanced_ends
+from capstan.transport import Group
 
 
 def cut(model: nn.Sequential, num_stages: int) -> list[nn.Sequential]:
@@ -30,7 +33,7 @@ def cut(model: nn.Sequential, num_stages: int) -> list[nn.Sequential]:
             f"A model of {len(model)} layers cannot be cut into {num_stages} stages. Choose 1 to "
             f"{len(model)}."
         )
-    ends = _ends([_cost(layer) for layer in model], num_stages)
+    ends = balanced_ends([_cost(layer) for layer in model], num_stages)
     layers = [model[index] for index in range(len(model))]  # a layer may be there twice
     stages = [nn.Sequential(*layers[start:end]) for start, end in pairwise([0, *ends])]
     _refuse_shared(stages)
@@ -48,24 +51,6 @@ def _cost(layer: nn.Module) -> int:
     return sum(each.numel() for each in layer.parameters() if id(each) not in free)
 
 
-def _ends(costs: Sequence[int], num_parts: int) -> list[int]:
-    """The ends of consecutive, non-empty parts whose largest sum is smallest; by dynamic programming."""
-    sums = [0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    # best[end]: the largest sum of the first `end` layers in so many parts, and the parts' ends.
-    best: dict[int, tuple[int, list[int]]] = {end: (sums[end], [end]) for end in range(1, len(costs) + 1)}
-    for parts in range(2, num_parts + 1):
-        best = {
-            end: min(
-                (max(best[start][0], sums[end] - sums[start]), [*best[start][1], end])
-                for start in range(parts - 1, end)
-            )
-            for end in range(parts, len(costs) + 1)
-        }
-    return best[len(costs)][1]
-
-
 def _refuse_shared(stages: Sequence[nn.Module]) -> None:
     owners: dict[int, int] = {}
     for index, stage in enumerate(stages):
@@ -77,7 +62,7 @@ def _refuse_shared(stages: Sequence[nn.Module]) -> None:
                 )
 
 
-class Skeleton:
+class ChainShapes:
     """The shapes that pass between stages, found without data: the layers, without their weights."""
 
     def __init__(self, stages: Sequence[nn.Sequential]) -> None:
@@ -119,3 +104,28 @@ class Skeleton:
                 f"Between stages {index} and {index + 1} a row must pass for each of {num_samples} samples, "
                 f"found shape {tuple(values.shape)}."
             )
+
+
+class StageShapes:
+    """The shapes that pass between stages of a causal language model.
+
+    Raises:
+        UsageError: a rank has another rank's stage; all ranks raise it.
+    """
+
+    def __init__(self, stage: Stage, group: Group) -> None:
+        found = group.gather([stage.cut.index, stage.cut.num_stages])
+        wanted = [[rank, group.size] for rank in range(group.size)]
+        if found != wanted:
+            has = ", ".join(f"{index} of {count}" for index, count in found)
+            raise UsageError(
+                f"{group.size} ranks need stages 0 to {group.size - 1} of {group.size}, found {has}. Cut the "
+                "model into as many stages as there are ranks, and give each rank the stage of its number."
+            )
+        self._stage, self._num_stages = stage, group.size
+
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """What each stage gives for such token ids, on the meta device."""
+        dtype = next(self._stage.parameters()).dtype
+        widths = [self._stage.hidden_size] * (self._num_stages - 1) + [self._stage.vocabulary_size]
+        return [torch.empty(*inputs.shape, width, dtype=dtype, device="meta") for width in widths]

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from capstan.errors import InputError, UsageError, unknown_name
+from capstan.models import Stage
 from capstan.pipelining.boundary import BoundaryEnd
 from capstan.pipelining.compression import Compression
-from capstan.pipelining.cutting import Skeleton, cut
+from capstan.pipelining.cutting import ChainShapes, StageShapes, cut
+from capstan.pipelining.tied import gradients_summed
 from capstan.pipelining.traffic import micro_batches
 from capstan.transport import Group, Ledger
 
@@ -35,7 +37,8 @@ class Pipeline:
         optimizer.step()
 
     Args:
-        model: a chain of layers, the same on every rank.
+        model: a chain of layers, the same on every rank; or this rank's stage of a causal language model, as
+            `capstan.models.load_stage` gives it.
         loss: the mean loss of a micro-batch: (outputs, targets) to a number.
         num_micro_batches: into how many parts a batch is cut. A batch that cannot be cut into so many equal
             parts goes in fewer, by GPipe where they are fewer than stages.
@@ -46,13 +49,13 @@ class Pipeline:
         patience_s: how long one wait for a neighbour may take.
 
     Raises:
-        UsageError: no such schedule, more stages than layers, or no group of ranks.
+        UsageError: no such schedule, more stages than layers, no group of ranks, or another rank's stage.
         UnsupportedModel: the model cannot be cut.
     """
 
     def __init__(
         self,
-        model: nn.Sequential,
+        model: nn.Sequential | Stage,
         loss: Loss,
         *,
         num_micro_batches: int = 4,
@@ -75,10 +78,16 @@ class Pipeline:
         self._loss, self._schedule, self._num_micro_batches = loss, schedule, num_micro_batches
         self.compression = compression or Compression()
         self.group = Group(process_group, patience_s=patience_s)
-        stages = cut(model, self.group.size)
+        self._shapes: ChainShapes | StageShapes
+        module: nn.Module = model
+        if isinstance(model, Stage):
+            self._shapes = StageShapes(model, self.group)
+        else:
+            stages = cut(model, self.group.size)
+            self._shapes, module = ChainShapes(stages), stages[self.group.rank]
         _warn_of_dropout(model, self.compression)
-        self._skeleton = Skeleton(stages)
-        self.module = stages[self.group.rank].to(self._device)
+        self.module = module.to(self._device)
+        self._tied = model.tied_weight if isinstance(model, Stage) else None
         self._wire = dist.new_group(
             dist.get_process_group_ranks(process_group or dist.group.WORLD),
             backend="nccl" if self._device.type == "cuda" else "gloo",
@@ -121,7 +130,8 @@ class Pipeline:
         self.module.train()
         size = len(ids) // parts
         stage.begin([ids[start : start + size] for start in range(0, len(ids), size)])
-        return self._run(stage, schedule.step, inputs, targets)
+        with self._added_to_gradients(), gradients_summed(self._tied, self.group, self.ledger):
+            return self._run(stage, schedule.step, inputs, targets)
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> float | None:
         """The mean loss of a batch in full precision, on the last rank; nothing is remembered."""
@@ -140,7 +150,10 @@ class Pipeline:
         of stages.
         """
         gradients = [each.grad for each in self.parameters() if each.grad is not None]
-        own = sum(float(each.double().square().sum()) for each in gradients)
+        counted = [each for each in gradients if self._tied is None or each is not self._tied.grad]
+        if self._tied is not None and self._tied.grad is not None and self.group.is_first:
+            counted.append(self._tied.grad)  # both copies have it; it counts once
+        own = sum(float(each.double().square().sum()) for each in counted)
         norm = float(sum(self.group.gather(own)) ** 0.5)
         if norm > max_norm:
             for each in gradients:
@@ -156,6 +169,17 @@ class Pipeline:
         with self._losses_named(stage):
             run(*own, target=target, losses=losses, return_outputs=False)
         return None if losses is None else float(torch.stack(losses).detach().mean())
+
+    @contextmanager
+    def _added_to_gradients(self) -> Iterator[None]:
+        """Gradients of earlier steps stay aside meanwhile: torch's schedules divide by the number of
+        micro-batches whatever is there at their end."""
+        earlier = [(each, each.grad) for each in self.parameters() if each.grad is not None]
+        for parameter, _ in earlier:
+            parameter.grad = None
+        yield
+        for parameter, gradient in earlier:
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
     @contextmanager
     def _losses_named(self, stage: "CompressedStage") -> Iterator[None]:
@@ -180,7 +204,7 @@ class Pipeline:
 
         from capstan.pipelining.stage import CompressedStage
 
-        passed = [inputs, *self._skeleton.outputs(inputs)]
+        passed = [inputs, *self._shapes.outputs(inputs)]
         stage = CompressedStage(
             self.module,
             group=self.group,

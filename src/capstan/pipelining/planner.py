@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from capstan.pipelining.cutting import Skeleton, cut
+from capstan.pipelining.cutting import ChainShapes, cut
 from capstan.pipelining.decoder import token_loss
 from capstan.pipelining.settings import Settings
 from capstan.pipelining.traffic import batch_traffic, micro_batches
@@ -67,7 +67,7 @@ def measured_compute_s(settings: Settings) -> float:
 def boundary_rows(settings: Settings) -> list[tuple[int, ...]]:
     """The shape of one sample's activations at each boundary."""
     stages = cut(settings.model(), settings.stages)
-    outputs = Skeleton(stages).outputs(torch.zeros(1, settings.sequence, dtype=torch.long))
+    outputs = ChainShapes(stages).outputs(torch.zeros(1, settings.sequence, dtype=torch.long))
     return [tuple(each.shape[1:]) for each in outputs[:-1]]
 
 
