@@ -20,7 +20,8 @@ from capstan.models.balance import balanced_ends
 from capstan.models.checkpoint_map import Piece, Sources, map_checkpoint
 from capstan.models.layer_profile import flops_per_token
 from capstan.models.meta_model import MetaModel, TensorSpec
-from capstan.models.on_meta import build_on_meta, refuse_quantised
+from capstan.models.on_meta import build_on_meta
+from capstan.models.refusals import refuse_quantised
 from capstan.models.seams import Ends, find_ends
 from capstan.models.stage import Stage, StageCut
 from capstan.storage import Checkpoint
