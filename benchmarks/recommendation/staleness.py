@@ -114,6 +114,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--adult", type=Path, help="the folder of adult.data and adult.test")
     source.add_argument("--clicks", action="store_true")
+    parser.add_argument("--samples", type=int, default=4_000_000, help="clicks to train on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--staleness", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--record", action="store_true")
@@ -124,7 +125,7 @@ def main() -> None:
             write_adult(options.adult / "adult.data", folder / "train.parquet", 32_561)
             write_adult(options.adult / "adult.test", folder / "test.parquet", 16_281)
         else:
-            write_clicks(folder / "train.parquet", 800_000, seed=1)
+            write_clicks(folder / "train.parquet", options.samples, seed=1)
             write_clicks(folder / "test.parquet", 100_000, seed=2)
         config, batch_size = config_of(ADULT if options.adult else CLICKS), 128 if options.adult else 2048
         found = {}

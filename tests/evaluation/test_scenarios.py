@@ -185,7 +185,9 @@ def test_a_task_of_lm_evaluation_harness_is_a_scenario(tmp_path, toy_model):
         'doc_to_text: "{{ctx}}"\ndoc_to_choice: "{{[a, b]}}"\ndoc_to_target: gold\n'
     )
     prepared = prepare(run_spec_of(str(path)), toy_model)
-    assert prepared.states[1].request.prompt == "Two and 0 is good\n\nTwo and 0 is bad"
+    # The example is the harness's draw; the question itself is in both splits, and never its own example.
+    assert prepared.states[1].request.prompt == "Two and 3 is good\n\nTwo and 0 is bad"
+    assert all(state.request.prompt.count(state.instance.input) == 1 for state in prepared.states)
     path.write_text(path.read_text() + "process_docs: !function evil.run\n")
     with pytest.raises(InputError, match="!function are refused"):
         run_spec_of(str(path))

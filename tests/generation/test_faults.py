@@ -17,7 +17,7 @@ from capstan.generation.planning.batching import Length
 from capstan.generation.runtime import kv_cache, outcomes
 from capstan.generation.runtime.kv_cache import KeyValueCache
 from capstan.generation.runtime.measured import Progress
-from capstan.generation.skeleton import Skeleton
+from capstan.models.meta_model import MetaModel
 from capstan.storage import Checkpoint, DiskSlab
 
 CACHE_ON_DISK = ["weights=device cache=disk attention=device"]
@@ -90,8 +90,8 @@ def test_when_memory_runs_out_the_job_goes_on_with_fewer_slots_and_the_same_answ
     force_shape: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trip = Trip(getattr(Skeleton, piece), _out_of_memory)
-    monkeypatch.setattr(Skeleton, piece, trip)
+    trip = Trip(getattr(MetaModel, piece), _out_of_memory)
+    monkeypatch.setattr(MetaModel, piece, trip)
     with start_engine("llama", place=[place]) as engine:
         force_shape(slots=shape[0], batches=shape[1])
         answers_of(engine, requests)  # the planner plays layers too, once for a block
@@ -116,8 +116,8 @@ def test_no_answer_is_lost_when_memory_runs_out_in_the_sweep_that_completed_it(
     force_shape: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trip = Trip(Skeleton.back, _out_of_memory)
-    monkeypatch.setattr(Skeleton, "back", trip)
+    trip = Trip(MetaModel.back, _out_of_memory)
+    monkeypatch.setattr(MetaModel, "back", trip)
     with start_engine("llama") as engine:
         force_shape(slots=1, batches=5)
         # The second of five batches ends in the second sweep (the longest prompt has two new tokens); each
@@ -133,8 +133,8 @@ def test_no_logprob_of_a_prompt_is_lost_or_doubled_when_memory_runs_out_among_th
 ) -> None:
     texts = [[1 + (7 * index + start) % 120 for index in range(30)] for start in range(4)]
     asked = [Request(prompt=text, max_tokens=2, prompt_logprobs=1) for text in texts]
-    trip = Trip(Skeleton.back, _out_of_memory)
-    monkeypatch.setattr(Skeleton, "back", trip)
+    trip = Trip(MetaModel.back, _out_of_memory)
+    monkeypatch.setattr(MetaModel, "back", trip)
     # So little memory that logits are made a few rows at a time, several times for a prompt.
     budgets = {"device": 1 << 20, "host": 4 << 20, "disk": 0}
     with start_engine(
@@ -171,8 +171,8 @@ def test_when_memory_runs_out_again_and_again_the_job_ends_saying_so(
     force_shape: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trip = Trip(Skeleton.layer, _out_of_memory)
-    monkeypatch.setattr(Skeleton, "layer", trip)
+    trip = Trip(MetaModel.layer, _out_of_memory)
+    monkeypatch.setattr(MetaModel, "layer", trip)
     with start_engine("llama") as engine:
         force_shape(slots=4, batches=1)
         trip.arm(1, lasting=True)
@@ -413,7 +413,7 @@ def test_a_closed_engine_has_given_back_every_file_and_thread(
 
 OVER_DISK = "weights=disk cache=disk activations=device attention="
 FAULTS: dict[str, tuple[object, str, str]] = {
-    "layer": (Skeleton, "layer", OVER_DISK + "device"),
+    "layer": (MetaModel, "layer", OVER_DISK + "device"),
     "attention on the device": (KeyValueCache, "attend_on_device", OVER_DISK + "device"),
     "attention on the host": (kv_cache, "attend_on_host", OVER_DISK + "host:0.5,device:0.5"),
     "reading cache": (DiskSlab, "read", OVER_DISK + "host:0.5,device:0.5"),

@@ -15,6 +15,7 @@ from capstan.generation.planning.batching import Length
 from capstan.generation.planning.placement import TIERS, Wish
 from capstan.generation.planning.planner import Planner
 from capstan.hardware import Machine
+from capstan.plans import IntegerProgram
 
 shares = st.one_of(
     st.none(),
@@ -100,3 +101,19 @@ def test_wished_shares_are_what_is_planned(planners, weights, cache, job):
     if cache is not None and 1.0 in cache.values():
         (tier,) = cache
         assert plan.placement.cache == (tier,) * 3
+
+
+def test_a_weight_that_the_solver_leaves_on_disk_goes_where_host_memory_has_room(planners, monkeypatch):
+    """A small tensor on disk costs less than the gap within which the solver stops."""
+    solve = IntegerProgram.minimise
+
+    def within_its_gap(program, cost, *, relaxed=False, **more):
+        found = solve(program, cost, relaxed=relaxed, **more)
+        counts = [name for name in found if name.startswith("input_layernorm.weight") and " on " in name]
+        total = sum(found[name] for name in counts)
+        return found | {name: total if name.endswith("on disk") else 0.0 for name in counts}
+
+    monkeypatch.setattr(IntegerProgram, "minimise", within_its_gap)
+    budgets = dict.fromkeys(TIERS, 20_000 * KIB)
+    found = replace(planners["exact"], budgets=budgets).plan([Length(prompt=20, new=4)])
+    assert "disk" not in found.placement.weights.values()

@@ -19,9 +19,9 @@ from capstan.codecs import Cast, Codec, GroupQuantised, Identity
 from capstan.errors import DoesNotFit
 from capstan.generation.attention import host_attention
 from capstan.generation.attention.host_attention import Seats, attend_on_host, reads_in_place
-from capstan.generation.attention.packed import AttentionGeometry
 from capstan.generation.attention.row_format import RowFormat
 from capstan.hardware import compiler
+from capstan.models.attention_geometry import AttentionGeometry
 
 needs_compiler = pytest.mark.skipif(compiler._compiler() is None, reason="there is no C compiler")
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from capstan.errors import UnsupportedModel
 from capstan.generation import Engine, Request
-from capstan.generation.attention.masks import geometry_by_mask
-from capstan.generation.attention.packed import AttentionGeometry
+from capstan.models.attention_geometry import AttentionGeometry
+from capstan.models.masks import geometry_by_mask
 
 SIZES = {
     "vocab_size": 128,

@@ -27,7 +27,7 @@ def _through(codec: Codec, values: Tensor) -> Tensor:
 
 
 def _weight_codec(name: str, values: Tensor, bits: int) -> Codec | None:
-    """The promise of `take_inventory`, once more: matrices inside layers that have no side below 64 are
+    """The promise of `list_weights`, once more: matrices inside layers that have no side below 64 are
     quantised, every other matrix is stored in 16 bits; vectors and positions stay as they are."""
     if "wpe" in name:
         return None

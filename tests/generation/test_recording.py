@@ -11,7 +11,7 @@ import torch
 
 from capstan.generation import Engine, Request
 from capstan.generation.runtime.recording import Recording, Standing
-from capstan.generation.skeleton import LayerCall, Skeleton
+from capstan.models.meta_model import LayerCall, MetaModel
 
 PLACES = {
     "resting-on-device": "weights=device cache=device",
@@ -83,12 +83,12 @@ def test_layers_that_look_at_values_run_as_they_are_and_read_every_row_once(
     check_promises: Callable[[Engine], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run_layer = Skeleton.layer
+    run_layer = MetaModel.layer
 
     def look(values: torch.Tensor) -> None:
         assert values.is_meta or float(values.abs().sum()) > 0
 
-    def layer(self: Skeleton, index: int, hidden: torch.Tensor, call: Any) -> torch.Tensor:
+    def layer(self: MetaModel, index: int, hidden: torch.Tensor, call: Any) -> torch.Tensor:
         if when == "before attention":
             look(hidden)
         output = run_layer(self, index, hidden, call)
@@ -96,7 +96,7 @@ def test_layers_that_look_at_values_run_as_they_are_and_read_every_row_once(
             look(output)
         return output
 
-    monkeypatch.setattr(Skeleton, "layer", layer)
+    monkeypatch.setattr(MetaModel, "layer", layer)
     with start_engine("llama", place=[PLACES[place] + " activations=device"]) as engine:
         for slots, batches in ((5, 1), (2, 3)):
             force_shape(slots=slots, batches=batches)

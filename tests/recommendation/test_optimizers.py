@@ -126,7 +126,7 @@ def test_adams_count_is_kept_and_loaded():
     assert np.array_equal(first.rows_of([9]), second.rows_of([9]))
 
 
-@pytest.mark.parametrize("dim", [1, 7, 8, 9, 16, 33])
+@pytest.mark.parametrize("dim", [1, 7, 8, 9, 16, 32, 33, 64, 128])
 def test_every_element_is_computed_alike_whatever_the_dim(dim):
     table = EmbeddingTable(dim, capacity=4, optimizer=Adagrad(lr=0.1), initial=(0.5, 0.5))
     for _ in range(3):

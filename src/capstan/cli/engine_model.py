@@ -6,9 +6,15 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from capstan.errors import InputError
+from capstan.evaluation.chat import templated
 from capstan.evaluation.models import Completion, Limits, Pair, Request, Result, Scored, Token
 from capstan.evaluation.shared_prefixes import groups_of
-from capstan.evaluation.transformers_model import cut_at_stops, folder_identity, limits_of
+from capstan.evaluation.transformers_model import (
+    cut_at_stops,
+    folder_identity,
+    limits_of,
+    special_encoded,
+)
 
 if TYPE_CHECKING:
     from capstan.generation import Answer, Engine
@@ -44,6 +50,13 @@ class EngineModel:
         """The text of token ids."""
         return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
+    def _whole(self, text: str) -> list[int]:
+        return special_encoded(self._tokenizer, text, self.limits.prefix_token)
+
+    def chat_text(self, messages: Sequence[dict[str, str]], *, continues: bool = False) -> str:
+        """Messages by the tokenizer's chat template."""
+        return templated(self._tokenizer, messages, continues=continues)
+
     def _token_text(self, token: int) -> str:
         return self.decode([token])
 
@@ -51,7 +64,7 @@ class EngineModel:
         """Continue prompts, those that begin alike in one job."""
         from capstan.generation import Request as Asked
 
-        prompts = [list(self._tokenizer(request.prompt)["input_ids"]) for request in requests]
+        prompts = [self._whole(request.prompt) for request in requests]
         for group in _jobs(prompts):
             asked = [
                 Asked(
@@ -85,7 +98,7 @@ class EngineModel:
 
     def score(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Scored]]:
         """Score continuations in one pass over the weights."""
-        prompts = [list(self._tokenizer(pair.context + pair.continuation)["input_ids"]) for pair in pairs]
+        prompts = [self._whole(pair.context + pair.continuation) for pair in pairs]
         for index, scored in self._scored(prompts):
             pair = pairs[index]
             own = len(self.encode(pair.context + pair.continuation))

@@ -89,8 +89,12 @@ class _Asking:
     model: LanguageModel
 
 
-def adapt(spec: AdapterSpec, instances: Sequence[Instance], model: LanguageModel) -> list[RequestState]:
+def adapt(
+    spec: AdapterSpec, instances: Sequence[Instance], model: LanguageModel, *, num_reserved: int = 0
+) -> list[RequestState]:
     """All requests of a run, in HELM's order: by trial, instance, reference.
+
+    `num_reserved` tokens of the context stay free for what is put around each prompt.
 
     Raises:
         InputError: no instance to evaluate, or training instances in language modelling.
@@ -106,7 +110,8 @@ def adapt(spec: AdapterSpec, instances: Sequence[Instance], model: LanguageModel
         examples = choose_examples(
             train, count=spec.max_train_instances, trial=trial, sample=spec.sample_train
         )
-        asking = _Asking(spec=spec, room=ModelRoom(model), examples=tuple(examples), trial=trial, model=model)
+        room = ModelRoom(model, num_reserved)
+        asking = _Asking(spec=spec, room=room, examples=tuple(examples), trial=trial, model=model)
         mine = [state for instance in evaluated for state in ask(asking, instance)]
         states += mine
         for repeat in range(1, spec.num_trials):

@@ -5,7 +5,7 @@ and `score_rolling` that of every token of a text. All take lists, so that a mod
 can plan one pass for many requests. Log-probabilities are the model's own, before temperature.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -49,6 +49,7 @@ class Request:
             "presence_penalty": 0,
             "frequency_penalty": 0,
         }
+        own |= {"continuation": self.continuation} if self.continuation else {}
         return own | ({"random": self.random} if self.random is not None else {})
 
 
@@ -161,6 +162,16 @@ class LanguageModel(Protocol):
     def score_rolling(self, texts: Sequence[str]) -> Iterator[tuple[int, Scored]]:
         """Score every token of texts, each given those before it."""
         ...
+
+
+def num_tokens_after(encode: Callable[[str], Sequence[int]], context: str, continuation: str) -> int:
+    """How many tokens a continuation adds to its context's own; spaces between them count as its own.
+
+    Source: lm-evaluation-harness 0.4, `TemplateLM._encode_pair`. HELM takes as many of the last tokens as the
+    continuation has by itself, which differs where a delimiter joins the token before it.
+    """
+    kept = context.rstrip() or context
+    return max(0, len(encode(context + continuation)) - len(encode(kept)))
 
 
 def in_order(answers: Iterable[tuple[int, Any]], count: int) -> list[Any]:

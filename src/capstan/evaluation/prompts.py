@@ -60,18 +60,19 @@ class Room(Protocol):
 class ModelRoom:
     """The room that a model's limits leave, counted by its own tokenizer."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, num_reserved: int = 0) -> None:
         self._model = model
+        self._longest = model.limits.max_request_length - num_reserved
 
     def fits(self, text: str, num_new: int) -> bool:
         """Whether a prompt and its answer fit."""
-        longest = self._model.limits.max_request_length - num_new
+        longest = self._longest - num_new
         # A token is at least one byte, so most prompts need no tokenizer to be known to fit.
         return len(text.encode(errors="surrogatepass")) <= longest or len(self._model.encode(text)) <= longest
 
     def cut(self, text: str, num_new: int) -> str:
         """The longest beginning that fits; decoding may join tokens anew, so characters go until it does."""
-        keep = max(0, self._model.limits.max_request_length - num_new)
+        keep = max(0, self._longest - num_new)
         cut = self._model.decode(self._model.encode(text)[:keep])
         while cut and not self.fits(cut, num_new):
             cut = cut[:-1]

@@ -20,6 +20,7 @@ from capstan.evaluation.scenarios import SCENARIOS
 from capstan.evaluation.specs import (
     AdapterSpec,
     AugmenterSpec,
+    Chat,
     MetricSpec,
     PerturbationSpec,
     RunSpec,
@@ -140,6 +141,7 @@ def _run_spec(told: dict[str, Any]) -> RunSpec:
             )
         ),
         groups=tuple(told.get("groups", ())),
+        chat=Chat(**told["chat_template"]) if told.get("chat_template") else None,
     )
 
 
@@ -155,6 +157,7 @@ def _state(told: dict[str, Any]) -> RequestState:
             top_k_per_token=request["top_k_per_token"],
             stop_sequences=tuple(request.get("stop_sequences", ())),
             echo=request["echo_prompt"],
+            continuation=request.get("continuation", ""),
             random=request.get("random"),
         ),
         train_trial=told["train_trial_index"],

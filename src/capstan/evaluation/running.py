@@ -16,12 +16,15 @@ import numpy as np
 
 from capstan.evaluation.adapters import RequestState, adapt
 from capstan.evaluation.answer_store import AnswerStore, request_key
+from capstan.evaluation.chat import in_chat, num_chat_tokens
 from capstan.evaluation.instances import EVAL_SPLITS, TRAIN, Instance
 from capstan.evaluation.metrics import Answered, Measurement, measure_run
 from capstan.evaluation.models import Completion, LanguageModel, Pair, Result, Scored
 from capstan.evaluation.perturbations import WordFiles, augmented
 from capstan.evaluation.scenarios import Scenario, load_instances
+from capstan.evaluation.scenarios.lm_eval_tasks import TASK_CLASS
 from capstan.evaluation.specs import RunSpec
+from capstan.evaluation.task_prompts import adapt_task
 
 OnAnswered = Callable[[int, int], None]
 """Hears how many requests are answered, and of how many."""
@@ -89,8 +92,17 @@ def prepare(
     num_eval = sum(instance.split in EVAL_SPLITS for instance in instances)
     chosen = sampled(instances, spec.adapter_spec.max_eval_instances)
     chosen = augmented(chosen, spec.data_augmenter_spec, words)
-    states = adapt(spec.adapter_spec, chosen, model)
+    states = _asked_for(spec, chosen, model)
     return Prepared(spec=spec, instances=tuple(chosen), states=tuple(states), num_eval=num_eval, words=words)
+
+
+def _asked_for(spec: RunSpec, instances: Sequence[Instance], model: LanguageModel) -> list[RequestState]:
+    if spec.scenario_spec.class_name == TASK_CLASS and spec.adapter_spec.method != "language_modeling":
+        return adapt_task(spec.adapter_spec, instances, model, spec.chat)
+    if spec.chat is None:
+        return adapt(spec.adapter_spec, instances, model)
+    states = adapt(spec.adapter_spec, instances, model, num_reserved=num_chat_tokens(model, spec.chat))
+    return [in_chat(state, model, spec.chat) for state in states]
 
 
 def answer(

@@ -4,7 +4,7 @@ All are plain frozen data which name what they mean, so that a run can be writte
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from capstan.errors import UsageError, unknown_name
@@ -151,8 +151,24 @@ class AugmenterSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Chat:
+    """That prompts are written as conversations, by the model's chat template.
+
+    Args:
+        system_instruction: stands first, as the system's message.
+        multiturn: each example of a task is a turn of its own, its answer the assistant's.
+    """
+
+    system_instruction: str = ""
+    multiturn: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """Everything that a run is made of. `name` is its run entry, such as `mmlu:subject=anatomy`."""
+    """Everything that a run is made of. `name` is its run entry, such as `mmlu:subject=anatomy`.
+
+    `chat`: prompts are written by the model's chat template.
+    """
 
     name: str
     scenario_spec: ScenarioSpec
@@ -160,6 +176,7 @@ class RunSpec:
     metric_specs: tuple[MetricSpec, ...]
     data_augmenter_spec: AugmenterSpec = AugmenterSpec()
     groups: tuple[str, ...] = ()
+    chat: Chat | None = None
 
     def with_adapter(self, **changes: Any) -> "RunSpec":
         """The same run with other adapter settings."""
@@ -167,7 +184,7 @@ class RunSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in HELM's run_spec.json."""
-        return {
+        own = {
             "name": self.name,
             "scenario_spec": self.scenario_spec.to_dict(),
             "adapter_spec": self.adapter_spec.to_dict(),
@@ -176,3 +193,4 @@ class RunSpec:
             "groups": list(self.groups),
             "annotators": [],
         }
+        return own | ({"chat_template": asdict(self.chat)} if self.chat is not None else {})

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from capstan.errors import InputError, require_extra
-from capstan.evaluation.models import Completion, Limits, Pair, Request, Result, Scored, Token
+from capstan.evaluation.chat import templated
+from capstan.evaluation.models import (
+    Completion,
+    Limits,
+    Pair,
+    Request,
+    Result,
+    Scored,
+    Token,
+    num_tokens_after,
+)
 from capstan.evaluation.shared_prefixes import Group, groups_of
 
 _BATCH_TOKENS = 4096
@@ -47,6 +57,12 @@ def limits_of(config: Any, tokenizer: Any) -> Limits:
         max_request_length=longest,
         prefix_token=prefix,
     )
+
+
+def special_encoded(tokenizer: Any, text: str, prefix: str) -> list[int]:
+    """A text's tokens with the special ones that the model wants, once: not where it begins with them."""
+    begins_so = bool(prefix) and text.startswith(prefix)
+    return list(tokenizer(text, add_special_tokens=not begins_so)["input_ids"])
 
 
 class TransformersModel:
@@ -118,14 +134,17 @@ class TransformersModel:
     # --- scoring ------------------------------------------------------------------------------------------
 
     def score(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Scored]]:
-        """Score continuations; of a pair's tokens the last ones, as many as the continuation has, count."""
+        """Score continuations: the last tokens, as many as one has by itself, or adds to its context."""
         prompts = [self._whole(pair.context + pair.continuation) for pair in pairs]
         lead = [
             len(prompt) - len(self.encode(p.context + p.continuation))
             for prompt, p in zip(prompts, pairs, strict=True)
         ]
         counts = [
-            min(len(self.encode(pair.continuation)), len(prompt) - 1)
+            min(
+                max(len(self.encode(pair.continuation)), num_tokens_after(self.encode, *pair)),
+                len(prompt) - 1,
+            )
             for pair, prompt in zip(pairs, prompts, strict=True)
         ]
         yield from self._scored(prompts, counts, lead)
@@ -136,8 +155,11 @@ class TransformersModel:
         yield from self._scored(prompts, [max(0, len(prompt) - 1) for prompt in prompts], [0] * len(prompts))
 
     def _whole(self, text: str) -> list[int]:
-        """A text's tokens with the special ones that the model wants before it."""
-        return list(self.tokenizer(text)["input_ids"])
+        return special_encoded(self.tokenizer, text, self.limits.prefix_token)
+
+    def chat_text(self, messages: Sequence[dict[str, str]], *, continues: bool = False) -> str:
+        """Messages by the tokenizer's chat template."""
+        return templated(self.tokenizer, messages, continues=continues)
 
     def _scored(
         self, prompts: Sequence[list[int]], counts: Sequence[int], lead: Sequence[int]

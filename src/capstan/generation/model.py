@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from capstan.errors import InputError, UnsupportedModel
-from capstan.generation.anatomy import Anatomy
-from capstan.generation.attention.row_format import RowFormat
-from capstan.generation.checkpoint_map import Sources, map_checkpoint
-from capstan.generation.inventory import Inventory, cache_codec, take_inventory
+from capstan.generation.attention.row_format import RowFormat, cache_codec
 from capstan.generation.planning.stage import Stage
-from capstan.generation.skeleton import Skeleton, open_skeleton
+from capstan.models.checkpoint_map import Sources, map_checkpoint
+from capstan.models.layer_profile import ModelProfile
+from capstan.models.meta_model import MetaModel, open_meta_model
+from capstan.models.on_meta import refuse_quantised
+from capstan.models.weight_manifest import WeightManifest, list_weights
 from capstan.storage import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -30,11 +31,11 @@ class Model:
     """A model folder, opened: everything that can be known before a weight is read."""
 
     folder: Path
-    skeleton: Skeleton
-    anatomy: Anatomy
+    skeleton: MetaModel
+    anatomy: ModelProfile
     checkpoint: Checkpoint
     sources: Sources
-    inventory: Inventory
+    inventory: WeightManifest
     formats: tuple[RowFormat, ...]
     tokenizer: Any
     stop_tokens: frozenset[int]
@@ -60,7 +61,7 @@ class Model:
         return replace(
             self,
             skeleton=skeleton,
-            anatomy=Anatomy(skeleton),
+            anatomy=ModelProfile(skeleton),
             inventory=self.inventory.part(stage.first, stage.end),
             formats=self.formats[stage.first : stage.end],
             stage=stage,
@@ -85,19 +86,17 @@ def open_model(
         checkpoint: where weights come from, if not from the folder.
 
     Raises:
-        InputError, UnsupportedModel, UsageError: see `open_skeleton`, `Checkpoint`, `map_checkpoint`.
+        InputError, UnsupportedModel, UsageError: see `open_meta_model`, `Checkpoint`, `map_checkpoint`.
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}. Name a folder with a model in Hugging Face format.")
     refuse_other_models(folder)
-    _refuse_quantised(folder)
+    refuse_quantised(folder, "Give plain weights; --weight-bits 8 or 4 quantises them.")
     checkpoint = checkpoint or Checkpoint(folder)
-    skeleton = open_skeleton(folder, dtype or dominant_dtype(checkpoint))
+    skeleton = open_meta_model(folder, dtype or dominant_dtype(checkpoint))
     sources = map_checkpoint(skeleton, checkpoint)
-    inventory = take_inventory(
-        skeleton, checkpoint, sources, weight_bits=weight_bits, device_type=device_type
-    )
-    anatomy = Anatomy(skeleton)
+    inventory = list_weights(skeleton, checkpoint, sources, weight_bits=weight_bits, device_type=device_type)
+    anatomy = ModelProfile(skeleton)
     formats = tuple(
         RowFormat(
             geometry=layer.geometry,
@@ -164,20 +163,6 @@ def refuse_other_models(folder: Path) -> None:
             f"{folder} holds a {stated or 'model'} of type {kind!r}, of which transformers has no causal "
             "language model; give one that goes on with a text."
         )
-
-
-def _refuse_quantised(folder: Path) -> None:
-    """Weights in a format of their own must be decoded by its rules, which this engine does not have."""
-    config = _stated_config(folder)
-    parts = [part for part in (config, *config.values()) if isinstance(part, dict)]
-    for name in ("quantization_config", "compression_config"):
-        stated = next((part[name] for part in parts if part.get(name)), None)
-        if stated is not None:
-            method = stated.get("quant_method", "unknown") if isinstance(stated, dict) else stated
-            raise UnsupportedModel(
-                f"The weights in {folder} are quantised by {method!r} ({name} in its config.json), which "
-                "this engine does not read. Give plain weights; --weight-bits 8 or 4 quantises them."
-            )
 
 
 def dominant_dtype(checkpoint: Checkpoint) -> torch.dtype:

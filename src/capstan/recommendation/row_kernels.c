@@ -16,7 +16,7 @@
 #include <string.h>
 
 #define AHEAD 12         /* probes whose cell is asked for before it is needed */
-#define ROWS_AHEAD 10     /* the same for rows */
+#define ROWS_AHEAD 10     /* the same for rows, and for gradients */
 #define MOST_THREADS 64
 #define WORTH_A_THREAD 32768 /* floats: below, starting one takes longer */
 #define NONE -1
@@ -290,13 +290,15 @@ static int64_t divide(Job *whole, int64_t count, int64_t floats, int32_t threads
     return late;
 }
 
-static inline void prefetch_row(const Table *table, int64_t row, int64_t floats, int writes) {
-    if (row < 0) return;
-    const char *from = (const char *)(table->slab + row * table->stride);
-    for (int64_t at = 0; at < floats * 4; at += 64) {
+static inline void prefetch_floats(const float *from, int64_t count, int writes) {
+    for (int64_t at = 0; at < count; at += 16) {
         if (writes) __builtin_prefetch(from + at, 1);
         else __builtin_prefetch(from + at, 0);
     }
+}
+
+static inline void prefetch_row(const Table *table, int64_t row, int64_t floats, int writes) {
+    if (row >= 0) prefetch_floats(table->slab + row * table->stride, floats, writes);
 }
 
 static inline float scale_of(int32_t pooling, int64_t size) {
@@ -306,9 +308,9 @@ static inline float scale_of(int32_t pooling, int64_t size) {
 
 /* --- forward ------------------------------------------------------------------------------------------- */
 
-static void pool_bags(Job *job) {
+static inline __attribute__((always_inline)) void pool_bags_of(Job *job, const int64_t dim) {
     const Table *table = job->table;
-    int64_t dim = table->dim, last = job->offsets[job->end];
+    int64_t last = job->offsets[job->end];
     for (int64_t bag = job->begin; bag < job->end; bag++) {
         float *restrict out = job->out + bag * job->width;
         int64_t begin = job->offsets[bag], end = job->offsets[bag + 1], is_empty = 1;
@@ -327,6 +329,18 @@ static void pool_bags(Job *job) {
     }
 }
 
+/* The common widths are compiled in, so that a row's loop is a few vector operations. */
+#define FOR_DIM(work, job) \
+    switch ((job)->table->dim) { \
+    case 16: work(job, 16); break; \
+    case 32: work(job, 32); break; \
+    case 64: work(job, 64); break; \
+    case 128: work(job, 128); break; \
+    default: work(job, (job)->table->dim); \
+    }
+
+static void pool_bags(Job *job) { FOR_DIM(pool_bags_of, job) }
+
 void capstan_pool(const Table *table, const int64_t *rows, const int32_t *inverse, const int64_t *offsets,
                   int64_t bags, int32_t pooling, float *out, int64_t width, int32_t threads) {
     Job job = {.table = table, .rows = rows, .inverse = inverse, .offsets = offsets, .pooling = pooling,
@@ -336,7 +350,8 @@ void capstan_pool(const Table *table, const int64_t *rows, const int32_t *invers
 
 /* --- backward and update ------------------------------------------------------------------------------- */
 
-static void apply(const Rule *rule, float *restrict row, float *restrict g, int64_t dim) {
+static inline __attribute__((always_inline)) void apply(const Rule *rule, float *restrict row, float *restrict g,
+                                                        const int64_t dim) {
     float *restrict state = row + dim, lr = rule->lr, eps = rule->eps;
     if (rule->weight_decay != 0) for (int64_t j = 0; j < dim; j++) g[j] += rule->weight_decay * row[j];
     switch (rule->kind) {
@@ -383,11 +398,11 @@ static void apply(const Rule *rule, float *restrict row, float *restrict g, int6
         for (int64_t j = 0; j < dim; j++) row[j] = fminf(fmaxf(row[j], -rule->bound), rule->bound);
 }
 
-static void update_rows(Job *job) {
+static inline __attribute__((always_inline)) void update_rows_of(Job *job, const int64_t dim) {
     const Table *table = job->table;
-    int64_t dim = table->dim;
     float *restrict g = malloc((size_t)dim * 4);
     if (!g) { job->failed = 1; return; }
+    int32_t last = job->starts[job->end];
     for (int64_t u = job->begin; u < job->end; u++) {
         if (u + ROWS_AHEAD < job->end) prefetch_row(table, job->rows[u + ROWS_AHEAD], table->stride, 1);
         int64_t row = job->rows[u];
@@ -397,6 +412,7 @@ static void update_rows(Job *job) {
             continue;
         }
         for (int32_t i = job->starts[u]; i < job->starts[u + 1]; i++) {
+            if (i + ROWS_AHEAD < last) prefetch_floats(job->grads + job->bag_of_sorted[i + ROWS_AHEAD] * job->width, dim, 0);
             int64_t bag = job->bag_of_sorted[i];
             const float *restrict from = job->grads + bag * job->width;
             float scale = scale_of(job->pooling, job->offsets[bag + 1] - job->offsets[bag]);
@@ -407,6 +423,8 @@ static void update_rows(Job *job) {
     }
     free(g);
 }
+
+static void update_rows(Job *job) { FOR_DIM(update_rows_of, job) }
 
 int capstan_is_finite(const uint32_t *patterns, int64_t count) {
     uint32_t found = 0;

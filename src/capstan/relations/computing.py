@@ -102,14 +102,16 @@ def compute_with_accounts(
         raise InputError(f"There is no folder {scratch} for results in between; make it first.")
     with ExitStack() as open_until_done:
         home = scratch or (path.parent if path else None)
-        folder = open_until_done.enter_context(
-            tempfile.TemporaryDirectory(prefix=".capstan-relate-", dir=home)
-        )
+        folder = None
+        if prepared.memory_plan.scratch_bytes:
+            folder = open_until_done.enter_context(
+                tempfile.TemporaryDirectory(prefix=".capstan-relate-", dir=home)
+            )
         unfinished = None if path is None else open_until_done.enter_context(open_atomically(path))
         done = run(
             prepared.memory_plan,
             output=None if unfinished is None else Path(unfinished.name),
-            scratch=Path(folder),
+            scratch=None if folder is None else Path(folder),
         )
     result = done.result if path is None else open_npy(path)
     trace = trace_of(prepared.memory_plan, done, title=prepared.plan.title)

@@ -41,8 +41,9 @@ class Run:
     peak_bytes: int
 
 
-def run(plan: MemoryPlan, *, output: Path | None, scratch: Path) -> Run:
-    """Run every operation; intermediate results on disk go to the folder `scratch`.
+def run(plan: MemoryPlan, *, output: Path | None, scratch: Path | None) -> Run:
+    """Run every operation; intermediate results on disk go to the folder `scratch`, which a plan without
+    any does without.
 
     The output is written to `output` itself: whoever wants it to appear at once hands a temporary name.
 
@@ -60,8 +61,8 @@ def run(plan: MemoryPlan, *, output: Path | None, scratch: Path) -> Run:
     for at, each in enumerate(plan.operations):
         started, meter = time.perf_counter(), WorkMeter()
         is_final = each.operation.result == program.result
-        path = output if is_final and output else scratch / f"value-{each.operation.result}.npy"
-        stored = _created(program, each, path) if each.is_result_on_disk else None
+        path = output if is_final else None
+        stored = _created(program, each, path, scratch) if each.is_result_on_disk else None
         if each.tiling is None:
             _load_inputs(each.operation, values, owned, account, meter)
             result = _run_direct(each, values, stored, account, meter)
@@ -77,13 +78,15 @@ def run(plan: MemoryPlan, *, output: Path | None, scratch: Path) -> Run:
     return Run(result=result, operations=tuple(traces), peak_bytes=account.peak_bytes)
 
 
-def _check_disk(plan: MemoryPlan, output: Path | None, scratch: Path) -> None:
-    needed = {scratch: plan.scratch_bytes}
+def _check_disk(plan: MemoryPlan, output: Path | None, scratch: Path | None) -> None:
+    needed: dict[int, tuple[Path, int]] = {}  # by file system
+    written = [] if scratch is None else [(scratch, plan.scratch_bytes)]
     if output is not None:
-        size = plan.program.values[plan.program.result].size_bytes
-        same = os.stat(output.parent).st_dev == os.stat(scratch).st_dev
-        needed[scratch if same else output.parent] = size + (plan.scratch_bytes if same else 0)
-    for folder, size in needed.items():
+        written.append((output.parent, plan.program.values[plan.program.result].size_bytes))
+    for folder, size in written:
+        system = os.stat(folder).st_dev
+        needed[system] = (folder, size + needed.get(system, (folder, 0))[1])
+    for folder, size in needed.values():
         free = disk_usage(folder).free
         if size > free:
             raise DoesNotFit(
@@ -92,7 +95,10 @@ def _check_disk(plan: MemoryPlan, output: Path | None, scratch: Path) -> None:
             )
 
 
-def _created(program: Program, each: OperationPlan, path: Path) -> StoredTensor:
+def _created(program: Program, each: OperationPlan, path: Path | None, scratch: Path | None) -> StoredTensor:
+    if path is None:
+        assert scratch is not None, "a plan with results in between on disk is run with a folder for them"
+        path = scratch / f"value-{each.operation.result}.npy"
     return create_npy(path, program.values[each.operation.result].shape, np.dtype(program.dtype))
 
 
@@ -102,7 +108,7 @@ def _release(
     values: dict[int, Any],
     owned: dict[int, int],
     account: MemoryAccount,
-    scratch: Path,
+    scratch: Path | None,
 ) -> None:
     for number in [number for number in values if last.get(number, at) <= at]:
         dropped = values.pop(number)

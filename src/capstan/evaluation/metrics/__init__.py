@@ -25,6 +25,7 @@ from capstan.evaluation.metrics.disinformation import variety_metric
 from capstan.evaluation.metrics.ranking import ranking_metric
 from capstan.evaluation.metrics.stat import Context, Stat, StatName, merged, stat
 from capstan.evaluation.metrics.summarization import summarization_metric
+from capstan.evaluation.metrics.task_answers import task_answer_metric
 from capstan.evaluation.metrics.toxicity import toxicity_metric
 from capstan.evaluation.specs import MetricSpec
 
@@ -55,6 +56,7 @@ METRICS: dict[str, Callable[..., Measurement]] = {
     "helm.benchmark.metrics.toxicity_metrics.ToxicityMetric": toxicity_metric,
     "helm.benchmark.metrics.code_metrics.APPSMetric": apps_metric,
     "helm.benchmark.metrics.choice_metrics.ChoiceMetric": choice_metric,
+    "helm.benchmark.metrics.choice_metrics.TaskAnswerMetric": task_answer_metric,
 }
 """HELM's class names and what computes them here."""
 

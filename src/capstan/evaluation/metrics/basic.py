@@ -89,17 +89,12 @@ def reference_scores(run: Answered, states: Sequence[RequestState]) -> list[floa
     return [found[at, "original"][0] / found[at, "original"][1] for at in indices]
 
 
-def reference_sums(run: Answered, states: Sequence[RequestState]) -> list[float]:
-    """The log-probability of each choice after the question."""
-    return [_span(run, state)[0] for state in states if state.request_mode == "original"]
-
-
 def _span(run: Answered, state: RequestState) -> tuple[float, int]:
     """The log-probability and number of a choice's tokens: the prompt's last ones, as many as the choice has
-    by itself with a space before it."""
+    by itself with what stands before it, a space unless a task says otherwise."""
     assert state.result is not None
     assert state.reference_index is not None
-    text = " " + state.instance.references[state.reference_index].text
+    text = state.request.continuation or " " + state.instance.references[state.reference_index].text
     count = len(run.model.encode(text))
     tokens = state.result.completions[0].tokens[-count:]
     return sum(token.logprob for token in tokens), count

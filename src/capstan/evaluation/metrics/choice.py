@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from capstan.evaluation.adapters import RequestState
 from capstan.evaluation.metrics.aggregation import Answered, Measurement, by_instance
-from capstan.evaluation.metrics.basic import reference_sums
 from capstan.evaluation.metrics.stat import Stat, stat
+from capstan.evaluation.models import num_tokens_after
 
 
 def choice_metric(run: Answered) -> Measurement:
@@ -18,11 +18,11 @@ def choice_metric(run: Answered) -> Measurement:
     def measure(run: Answered, states: Sequence[RequestState]) -> list[Stat]:
         texts = [reference.text for reference in states[0].instance.references]
         right = {at for at, each in enumerate(states[0].instance.references) if each.is_correct}
-        sums = reference_sums(run, states)
+        sums = [_sum(run, state) for state in states]
         by: dict[str, Callable[[str], int]] = {
             "acc": lambda _: 1,
-            "acc_norm": len,
-            "acc_bytes": lambda text: len(text.encode()),
+            "acc_norm": lambda text: max(1, len(text)),
+            "acc_bytes": lambda text: max(1, len(text.encode())),
         }
         return [
             stat(
@@ -33,6 +33,16 @@ def choice_metric(run: Answered) -> Measurement:
         ]
 
     return by_instance(run, measure, wants_references=True)
+
+
+def _sum(run: Answered, state: RequestState) -> float:
+    """The log-probability of a choice after its context."""
+    assert state.result is not None
+    request = state.request
+    context = request.prompt.removesuffix(request.continuation)
+    tokens = state.result.completions[0].tokens
+    count = num_tokens_after(run.model.encode, context, request.continuation)
+    return sum(token.logprob for token in tokens[max(0, len(tokens) - count) :])
 
 
 def _best(scores: Sequence[float]) -> int:

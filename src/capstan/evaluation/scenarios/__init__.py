@@ -28,7 +28,7 @@ from capstan.evaluation.scenarios import (
     summaries,
     texts,
 )
-from capstan.evaluation.scenarios.lm_eval_tasks import TASK_CLASS, lm_eval_scenario, load_task
+from capstan.evaluation.scenarios.lm_eval_tasks import TASK_CLASS, is_task, lm_eval_scenario, load_task
 from capstan.evaluation.scenarios.scenario import DataFolder, Scenario
 from capstan.evaluation.scenarios.tables import (
     TABLE_CLASS,
@@ -102,7 +102,7 @@ def scenario_of(name: str, args: Mapping[str, str] | None = None) -> Scenario:
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
-        return lm_eval_scenario(path) if "task" in read_yaml(path) else table_scenario(path)
+        return lm_eval_scenario(path) if is_task(read_yaml(path)) else table_scenario(path)
     if path.suffix == ".py":
         return python_scenario(path)
     found = [each for each in SCENARIOS if each.name == name]

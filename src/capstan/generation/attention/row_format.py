@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 
 import torch
 from torch import Tensor
 
-from capstan.codecs import Codec, Identity
-from capstan.generation.attention.packed import AttentionGeometry
-from capstan.generation.inventory import decoding_scratch_bytes
+from capstan.codecs import Cast, Codec, GroupQuantised, Identity
+from capstan.errors import UsageError
+from capstan.models.attention_geometry import AttentionGeometry
+from capstan.models.weight_manifest import GROUP_SIZE, decoding_scratch_bytes
+
+_BITS = (16, 8, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,30 @@ class RowFormat:
         out = torch.empty(full, dtype=self.dtype, device=payload.device)
         self.codec.decode_into(_cut_out(payload).view(-1), full, self.dtype, out)
         return out
+
+
+def cache_codec(
+    cache_bits: int | None,
+    geometry: AttentionGeometry,
+    *,
+    checkpoint_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+) -> Codec:
+    """The codec of one layer's keys and values.
+
+    None keeps them in the checkpoint's dtype, which is exact when the model computes in it. Groups lie
+    within a head: their size is the largest divisor of the heads' size up to 64, so none is padded.
+    """
+    if cache_bits is not None and cache_bits not in _BITS:
+        raise UsageError(f"The cache is stored in {', '.join(map(str, _BITS))} bits, not in {cache_bits}.")
+    if cache_bits in (4, 8):
+        common = gcd(geometry.key_size, geometry.value_size)
+        size = max(divisor for divisor in range(1, GROUP_SIZE + 1) if common % divisor == 0)
+        return GroupQuantised(num_bits=cache_bits, group_size=size, scale_dtype=torch.float16)
+    narrow = torch.float16 if compute_dtype.itemsize > 2 else compute_dtype
+    wanted = checkpoint_dtype if cache_bits is None or checkpoint_dtype.itemsize == 2 else narrow
+    # What was computed in float32 needs no more, as where a checkpoint is of float64.
+    return Identity() if wanted in (compute_dtype, torch.float64) else Cast(dtype=wanted)
 
 
 def _cut_out(payload: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ Differs: the paper's program is over fractions, which its runtime then rounds; w
 runs, and the buffers that streaming needs are part of the program.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from capstan.generation.inventory import StoredTensor
 from capstan.generation.model import Model
 from capstan.generation.planning.batching import BlockShape
 from capstan.generation.planning.cache_buffers import region_rows
@@ -31,6 +31,7 @@ from capstan.generation.planning.resources import (
 )
 from capstan.generation.planning.weight_buffers import buffers_for
 from capstan.hardware import Machine
+from capstan.models.weight_manifest import StoredTensor
 from capstan.plans import IntegerProgram
 from capstan.storage.slab import aligned
 
@@ -260,7 +261,31 @@ class _Build:
         for link in (HOST_TO_DEVICE, DISK_TO_HOST):
             for name, seconds in self.spend[link].items():
                 cost[name] = cost.get(name, 0.0) + 1e-3 * seconds
-        return self._realise(self.program.minimise(cost, relaxed=self.given.relaxed))
+        found = self._realise(self.program.minimise(cost, relaxed=self.given.relaxed))
+        return found if self.given.relaxed or self.given.fixes_weights else self._off_the_disk(found)
+
+    def _off_the_disk(self, found: Placement) -> Placement:
+        """Weights that host memory has room for rest there: the solver stops within a small gap of the
+        optimum, and a few small tensors on disk cost less than that."""
+        given = self.given
+        sizes = {
+            tensor.name: tensor.stored_bytes
+            for tensors in self.kinds.values()
+            for tensor in tensors
+            if found.weights[tensor.name] == DISK
+        }
+        smallest_first = sorted(sizes, key=lambda name: sizes[name])
+
+        def with_on_host(count: int) -> Placement:
+            moved = dict.fromkeys(smallest_first[:count], HOST)
+            return replace(found, weights={**found.weights, **moved})
+
+        def is_too_many(count: int) -> bool:
+            demand = given.demand_of(with_on_host(count))
+            return any(demand.on(tier) > given.budgets[tier] for tier in TIERS)
+
+        counts = range(1, len(smallest_first) + 1)
+        return with_on_host(bisect_left(counts, True, key=is_too_many))
 
     def _times(self) -> Iterator[tuple[Terms, float]]:
         """What the seconds of a sweep must reach: terms in the variables, and a constant."""

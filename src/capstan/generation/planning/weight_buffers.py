@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from capstan.generation.inventory import Inventory, StoredTensor
 from capstan.generation.planning.placement import Tier
+from capstan.models.weight_manifest import StoredTensor, WeightManifest
 from capstan.storage.slab import aligned
 
 # Units that are read from disk ahead of the one that crosses to the device.
@@ -35,7 +35,7 @@ class WeightBuffers(NamedTuple):
         return STAGING_SLOTS * self.host_slot_bytes
 
 
-def buffers_for(inventory: Inventory, tiers: Mapping[str, Tier], *, ring_slots: int) -> WeightBuffers:
+def buffers_for(inventory: WeightManifest, tiers: Mapping[str, Tier], *, ring_slots: int) -> WeightBuffers:
     """The buffers that a placement of the weights needs."""
 
     def largest(sizes: Iterator[int]) -> int:

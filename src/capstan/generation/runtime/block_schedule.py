@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from capstan.generation.anatomy import Anatomy
 from capstan.generation.attention.packed import FUSED_ATTENTION
 from capstan.generation.planning.batching import BatchWork, Work
 from capstan.generation.planning.resources import DEVICE_COMPUTE
@@ -32,7 +31,8 @@ from capstan.generation.runtime.exchange import Exchange
 from capstan.generation.runtime.kv_cache import KeyValueCache
 from capstan.generation.runtime.visits import Batch, Passage, Visit, Visits
 from capstan.generation.runtime.weights import WeightStore
-from capstan.generation.skeleton import Skeleton
+from capstan.models.layer_profile import ModelProfile
+from capstan.models.meta_model import MetaModel
 from capstan.transport import Clock, Ledger, Stopwatch, stream_of
 
 
@@ -69,8 +69,8 @@ class BlockSchedule:
 
     def __init__(
         self,
-        skeleton: Skeleton,
-        anatomy: Anatomy,
+        skeleton: MetaModel,
+        anatomy: ModelProfile,
         weights: WeightStore,
         activations: Activations,
         *,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from capstan.generation.skeleton import LayerCall
+from capstan.models.meta_model import LayerCall
 
 
 class Tape(Protocol):

@@ -15,14 +15,14 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
-from capstan.generation.anatomy import Anatomy
 from capstan.generation.attention.decoding import Decoding
 from capstan.generation.attention.packed import prefill_attention
 from capstan.generation.planning.batching import BatchWork, Chunk
 from capstan.generation.runtime.activations import Activations
 from capstan.generation.runtime.kv_cache import KeyValueCache
 from capstan.generation.runtime.recording import TAPES, Cut, NewTape, Recording, Standing
-from capstan.generation.skeleton import LayerCall, Skeleton
+from capstan.models.layer_profile import ModelProfile
+from capstan.models.meta_model import LayerCall, MetaModel
 from capstan.transport import Clock
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ class Visits:
 
     def __init__(
         self,
-        skeleton: Skeleton,
-        anatomy: Anatomy,
+        skeleton: MetaModel,
+        anatomy: ModelProfile,
         activations: Activations,
         *,
         cache: KeyValueCache | None,
@@ -156,7 +156,7 @@ class Visits:
     # --- attention, called from inside transformers' layers ----------------------------------------------
 
     def attend(self, _: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """What `Skeleton.attend_with` wants."""
+        """What `MetaModel.attend_with` wants."""
         passage = getcurrent()
         assert isinstance(passage, Passage)
         # (1, heads, tokens, size) -> (tokens, heads, size)

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from capstan.generation.checkpoint_map import Piece, Sources
-from capstan.generation.inventory import Inventory, StoredTensor
 from capstan.generation.planning.placement import Tier
 from capstan.generation.planning.resources import DISK_TO_HOST, HOST_TO_DEVICE
 from capstan.generation.planning.weight_buffers import STAGING_SLOTS, buffers_for
+from capstan.models.checkpoint_map import Piece, Sources
+from capstan.models.weight_manifest import StoredTensor, WeightManifest
 from capstan.storage import Checkpoint, DiskSlab, Slab
 from capstan.storage.slab import aligned
 from capstan.transport import Lane, Ledger, Ticket
@@ -38,7 +38,7 @@ class WeightStore:
 
     def __init__(
         self,
-        inventory: Inventory,
+        inventory: WeightManifest,
         tiers: Mapping[str, Tier],
         *,
         ring_slots: int,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from capstan.errors import InputError, UnsupportedModel
-from capstan.generation.skeleton import Skeleton, TensorSpec
+from capstan.models.meta_model import MetaModel, TensorSpec
 from capstan.storage import Checkpoint, TensorRange
 
 _STACK = "MergeModulelist"
@@ -42,7 +42,7 @@ class _Candidate(NamedTuple):
     pattern: str | None
 
 
-def map_checkpoint(skeleton: Skeleton, checkpoint: Checkpoint) -> Sources:
+def map_checkpoint(meta: MetaModel, checkpoint: Checkpoint) -> Sources:
     """For every tensor of the model, the pieces of the checkpoint that make it.
 
     Raises:
@@ -51,51 +51,51 @@ def map_checkpoint(skeleton: Skeleton, checkpoint: Checkpoint) -> Sources:
     """
     from transformers import core_model_loading  # it builds models, and takes as long as torch to import
 
-    conversions = skeleton.conversions
+    conversions = meta.conversions
     renamings = [each for each in conversions if isinstance(each, core_model_loading.WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, core_model_loading.WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     candidates: defaultdict[str, list[_Candidate]] = defaultdict(list)
-    prefix = skeleton.model.base_model_prefix
+    prefix = meta.model.base_model_prefix
     for name, source in checkpoint.tensors.items():
-        if name in skeleton.state:
+        if name in meta.state:
             candidates[name].append(_Candidate(source, None))
             continue
         target, pattern = core_model_loading.rename_source_key(
-            name, renamings, converters, prefix, skeleton.state
+            name, renamings, converters, prefix, meta.state
         )
         candidates[target].append(_Candidate(source, pattern))
 
-    if skeleton.is_tied and skeleton.head_parameter != skeleton.table:
-        _settle_tie(skeleton, checkpoint, candidates)
-    for name, source in skeleton.model.all_tied_weights_keys.items():
+    if meta.is_tied and meta.head_parameter != meta.table:
+        _settle_tie(meta, checkpoint, candidates)
+    for name, source in meta.model.all_tied_weights_keys.items():
         if name not in candidates and source in candidates:  # as the bias of BERT's output, saved once
             candidates[name] = candidates[source]
-    wanted = {name: spec for name, spec in skeleton.state.items() if not _is_alias(skeleton, name)}
+    wanted = {name: spec for name, spec in meta.state.items() if not _is_alias(meta, name)}
     missing = [name for name in wanted if name not in candidates]
     if missing:
         raise InputError(
             f"The checkpoint in {checkpoint.folder} lacks {len(missing)} of the {len(wanted)} tensors of "
-            f"{type(skeleton.model).__name__}: {', '.join(missing[:3])}… {_why_missing(skeleton)}"
+            f"{type(meta.model).__name__}: {', '.join(missing[:3])}… {_why_missing(meta)}"
         )
     return {name: _pieces(spec, candidates[name], by_pattern) for name, spec in wanted.items()}
 
 
-def _why_missing(skeleton: Skeleton) -> str:
-    stated = (getattr(skeleton.config, "architectures", None) or [None])[0]
-    if stated not in (None, type(skeleton.model).__name__):
+def _why_missing(meta: MetaModel) -> str:
+    stated = (getattr(meta.config, "architectures", None) or [None])[0]
+    if stated not in (None, type(meta.model).__name__):
         return f"It was saved as {stated}; give one that was saved with what predicts the next token."
     return "Its config.json and its weights do not belong together, or a file is missing."
 
 
-def _settle_tie(skeleton: Skeleton, checkpoint: Checkpoint, candidates: dict[str, list[_Candidate]]) -> None:
+def _settle_tie(meta: MetaModel, checkpoint: Checkpoint, candidates: dict[str, list[_Candidate]]) -> None:
     """Of a model that its config calls tied, the checkpoint may have only the output matrix, which is the
     table then, or both; two that differ are not tied, as in transformers."""
-    table, head = candidates.get(skeleton.table, []), candidates.get(skeleton.head_parameter, [])
+    table, head = candidates.get(meta.table, []), candidates.get(meta.head_parameter, [])
     if head and not table:
-        candidates[skeleton.table] = head
+        candidates[meta.table] = head
     elif len(head) == len(table) == 1 and not _are_equal(checkpoint, head[0].source, table[0].source):
-        skeleton.untie()
+        meta.untie()
 
 
 def _are_equal(checkpoint: Checkpoint, one: TensorRange, other: TensorRange) -> bool:
@@ -111,9 +111,9 @@ def _are_equal(checkpoint: Checkpoint, one: TensorRange, other: TensorRange) -> 
     return True
 
 
-def _is_alias(skeleton: Skeleton, name: str) -> bool:
+def _is_alias(meta: MetaModel, name: str) -> bool:
     """The output matrix of a tied model is the table under another name."""
-    return skeleton.is_tied and name == skeleton.head_parameter and name != skeleton.table
+    return meta.is_tied and name == meta.head_parameter and name != meta.table
 
 
 def _pieces(spec: TensorSpec, found: list[_Candidate], by_pattern: Mapping[str, Any]) -> tuple[Piece, ...]:

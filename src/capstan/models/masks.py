@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from capstan.errors import UnsupportedModel
-from capstan.generation.attention.packed import AttentionGeometry
+from capstan.models.attention_geometry import AttentionGeometry
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from capstan.errors import CapstanError, UnsupportedModel
-from capstan.generation.attention.masks import MaskReader, geometry_by_mask, require_windows_of_cache
-from capstan.generation.attention.packed import AttentionGeometry, geometry_of
-from capstan.generation.skeleton import FrontOutput, LayerCall, Skeleton
-from capstan.generation.token_watch import TokenWatch
+from capstan.models.attention_geometry import AttentionGeometry, geometry_of
+from capstan.models.masks import MaskReader, geometry_by_mask, require_windows_of_cache
+from capstan.models.meta_model import FrontOutput, LayerCall, MetaModel
+from capstan.models.token_watch import TokenWatch
 from capstan.storage.live_bytes import LiveBytes
 
 # Token counts for which intermediate values are measured, large enough that constant parts do not show.
@@ -35,23 +35,23 @@ _PYTHON_SHARE = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerAnatomy:
+class LayerProfile:
     """One decoder layer: its attention, and its arithmetic apart from attention."""
 
     geometry: AttentionGeometry
     flops_per_token: float
 
 
-class Anatomy:
-    """Facts about a skeleton, each measured once.
+class ModelProfile:
+    """Facts about a meta, each measured once.
 
     Raises:
         UnsupportedModel: a layer does not call its attention exactly once.
     """
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        self._skeleton = skeleton
-        self.itemsize = skeleton.compute_dtype.itemsize
+    def __init__(self, meta: MetaModel) -> None:
+        self._meta = meta
+        self.itemsize = meta.compute_dtype.itemsize
         self._measured_workspace = cache(self._workspace)
         try:
             self.call_bytes_per_token = self._call_bytes_per_token()
@@ -61,7 +61,7 @@ class Anatomy:
             raise
         except Exception as error:  # whatever a model's own code leads to when it is run in pieces
             raise UnsupportedModel(
-                f"{type(skeleton.model).__name__} does not run in pieces, layer by layer over packed "
+                f"{type(meta.model).__name__} does not run in pieces, layer by layer over packed "
                 f"sequences, as this engine runs models: {type(error).__name__}: {error}"
             ) from error
 
@@ -70,58 +70,56 @@ class Anatomy:
         """Elements of keys and values that one token leaves in each layer's cache."""
         return tuple(layer.geometry.cached_elements for layer in self.layers)
 
-    def _layers(self) -> tuple[LayerAnatomy, ...]:
-        skeleton, reader = self._skeleton, MaskReader()
-        with skeleton.masks_read_by(reader.make):
+    def _layers(self) -> tuple[LayerProfile, ...]:
+        meta, reader = self._meta, MaskReader()
+        with meta.masks_read_by(reader.make):
             front = self._watched_front()
-        layers = tuple(self._layer(index, front.calls[index], reader) for index in range(skeleton.num_layers))
-        name = type(skeleton.model).__name__
-        geometries = {skeleton.first_layer + index: layer.geometry for index, layer in enumerate(layers)}
-        require_windows_of_cache(skeleton.model.config, geometries, name)
+        layers = tuple(self._layer(index, front.calls[index], reader) for index in range(meta.num_layers))
+        name = type(meta.model).__name__
+        geometries = {meta.first_layer + index: layer.geometry for index, layer in enumerate(layers)}
+        require_windows_of_cache(meta.model.config, geometries, name)
         return layers
 
     def _watched_front(self) -> FrontOutput:
         """The front's output for two tokens at the first positions."""
-        skeleton = self._skeleton
+        meta = self._meta
         rows, numbers = self._rows(2), torch.arange(2)
-        with torch.inference_mode(), _buffers_on("cpu", skeleton.model), TokenWatch(numbers, rows) as watch:
-            front = skeleton.front(rows, torch.arange(2), self._rest(), numbers=numbers)
+        with torch.inference_mode(), _buffers_on("cpu", meta.model), TokenWatch(numbers, rows) as watch:
+            front = meta.front(rows, torch.arange(2), self._rest(), numbers=numbers)
         if watch.other_use is not None:
             raise UnsupportedModel(
-                f"{type(skeleton.model).__name__} uses token ids for more than its input embedding "
+                f"{type(meta.model).__name__} uses token ids for more than its input embedding "
                 f"({watch.other_use}), which this engine does not do."
             )
         return front
 
     def _front(self, num_tokens: int) -> FrontOutput:
         """The front's output on the host, from weights that are all zero and take no memory."""
-        skeleton = self._skeleton
+        meta = self._meta
         positions = torch.zeros(num_tokens, dtype=torch.long)
-        with torch.inference_mode(), _buffers_on("cpu", skeleton.model):
-            return skeleton.front(self._rows(num_tokens), positions, self._rest())
+        with torch.inference_mode(), _buffers_on("cpu", meta.model):
+            return meta.front(self._rows(num_tokens), positions, self._rest())
 
     def _rows(self, num_tokens: int) -> Tensor:
-        skeleton = self._skeleton
-        return torch.zeros((), dtype=skeleton.compute_dtype).expand(num_tokens, skeleton.embedding_width)
+        meta = self._meta
+        return torch.zeros((), dtype=meta.compute_dtype).expand(num_tokens, meta.embedding_width)
 
     def _rest(self) -> dict[str, Tensor]:
-        return {
-            spec.name: torch.zeros((), dtype=spec.dtype).expand(spec.shape) for spec in self._skeleton.rest
-        }
+        return {spec.name: torch.zeros((), dtype=spec.dtype).expand(spec.shape) for spec in self._meta.rest}
 
     def _call_bytes_per_token(self) -> int:
         """Bytes of layer arguments (rotary tables and the like) that each token keeps during a sweep."""
         few, many = (_storage_bytes(self._front(count).calls) for count in (16, 32))
         return -(-(many - few) // 16)
 
-    def _layer(self, index: int, call: LayerCall, reader: MaskReader) -> LayerAnatomy:
-        skeleton = self._skeleton
+    def _layer(self, index: int, call: LayerCall, reader: MaskReader) -> LayerProfile:
+        meta = self._meta
         seen: list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]] = []
 
         def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
             if not (getattr(module, "is_causal", True) and options.get("is_causal", True) is not False):
                 raise UnsupportedModel(
-                    f"{type(skeleton.model).__name__} lets a token see what comes next; give a decoder."
+                    f"{type(meta.model).__name__} lets a token see what comes next; give a decoder."
                 )
             seen.append((query, key, value, options))
             return _attention_result(query, value)
@@ -135,11 +133,11 @@ class Anatomy:
             self._run_on_meta(index, call, 2, attend)
         if len(seen) != 1:
             raise UnsupportedModel(
-                f"Layer {index} of {type(skeleton.model).__name__} calls its attention {len(seen)} times; "
+                f"Layer {index} of {type(meta.model).__name__} calls its attention {len(seen)} times; "
                 "this engine places the KV cache of layers that call it once."
             )
         query, key, value, options = seen[0]
-        mask, name = options.pop("attention_mask", None), type(skeleton.model).__name__
+        mask, name = options.pop("attention_mask", None), type(meta.model).__name__
         geometry = geometry_of(query, key, value, options, name)
         if mask is not None:
             rule = reader.rule(mask)
@@ -148,10 +146,10 @@ class Anatomy:
                     f"Layer {index} of {name} makes a mask of its own for its attention, which this engine "
                     "does not do."
                 )
-            geometry = geometry_by_mask(geometry, rule, skeleton.max_positions, name)
-        return LayerAnatomy(
+            geometry = geometry_by_mask(geometry, rule, meta.max_positions, name)
+        return LayerProfile(
             geometry=geometry,
-            flops_per_token=_flops_per_token(skeleton, index),
+            flops_per_token=flops_per_token(meta, index),
         )
 
     def workspace_bytes(self, num_tokens: int) -> int:
@@ -166,8 +164,8 @@ class Anatomy:
     def _workspace(self, num_tokens: int) -> int:
         front = self._front(num_tokens)
         peaks = {}
-        for index in range(self._skeleton.num_layers):
-            kind = _kind(self._skeleton, index)
+        for index in range(self._meta.num_layers):
+            kind = _kind(self._meta, index)
             if kind not in peaks:
                 live = LiveBytes()
                 self._run_on_meta(index, front.calls[index], num_tokens, _attend_on_meta, live)
@@ -192,22 +190,22 @@ class Anatomy:
         kept: Callable[[Tensor], Any] = lambda _: None,
     ) -> None:
         """Run a layer where tensors have no bytes. Of the call's, those that are `kept` stay as they are."""
-        skeleton = self._skeleton
-        skeleton.attend_with(attend)
+        meta = self._meta
+        meta.attend_with(attend)
         weights = {
             spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-            for spec in skeleton.layer_tensors(index)
+            for spec in meta.layer_tensors(index)
         }
-        hidden = torch.empty(1, num_tokens, skeleton.hidden_size, dtype=skeleton.compute_dtype, device="meta")
+        hidden = torch.empty(1, num_tokens, meta.hidden_size, dtype=meta.compute_dtype, device="meta")
         call = tree_map(lambda value: value if _is_kept(value, kept) else _to_meta(value), call)
         with (
             torch.inference_mode(),
-            _buffers_on("meta", skeleton.layers[index]),
-            _experts_stand_in(skeleton, index),
-            skeleton.equipped(index, weights),
+            _buffers_on("meta", meta.layers[index]),
+            _experts_stand_in(meta, index),
+            meta.equipped(index, weights),
             observer or nullcontext(),
         ):
-            skeleton.layer(index, hidden, call)
+            meta.layer(index, hidden, call)
 
 
 class _OperationCounter(TorchDispatchMode):
@@ -260,17 +258,18 @@ def _storage_bytes(calls: list[LayerCall]) -> int:
     return sum(storages.values())
 
 
-def _kind(skeleton: Skeleton, index: int) -> tuple[Any, ...]:
-    shapes = tuple(spec.shape for spec in skeleton.layer_tensors(index))
-    return (type(skeleton.layers[index]), shapes)
+def _kind(meta: MetaModel, index: int) -> tuple[Any, ...]:
+    shapes = tuple(spec.shape for spec in meta.layer_tensors(index))
+    return (type(meta.layers[index]), shapes)
 
 
-def _flops_per_token(skeleton: Skeleton, index: int) -> float:
-    """Two operations for each weight of a matrix; of a stack of experts, only those that a token visits."""
-    config = skeleton.config.get_text_config()
+def flops_per_token(meta: MetaModel, index: int) -> float:
+    """Arithmetic of a layer apart from attention: two operations for each weight of a matrix; of a stack of
+    experts, only those that a token visits."""
+    config = meta.config.get_text_config()
     visited = getattr(config, "num_experts_per_tok", None) or 1
     flops = 0.0
-    for spec in skeleton.layer_tensors(index):
+    for spec in meta.layer_tensors(index):
         if len(spec.shape) == 2:
             flops += 2 * spec.num_elements
         elif len(spec.shape) == 3:
@@ -297,12 +296,12 @@ def _buffers_on(device: str, module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _experts_stand_in(skeleton: Skeleton, index: int) -> Iterator[None]:
+def _experts_stand_in(meta: MetaModel, index: int) -> Iterator[None]:
     """Which expert a token visits depends on data, so experts cannot run without it. In their place stands
     what they allocate: a row for each visit, through every matrix, all kept until the result is summed."""
     stacks = [
         module
-        for module in skeleton.layers[index].modules()
+        for module in meta.layers[index].modules()
         if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
     ]
     for module in stacks:

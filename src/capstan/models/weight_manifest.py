@@ -3,15 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import gcd
 
 import torch
 
 from capstan.codecs import Cast, Codec, GroupQuantised, Identity
 from capstan.errors import UsageError
-from capstan.generation.attention.packed import AttentionGeometry
-from capstan.generation.checkpoint_map import Sources
-from capstan.generation.skeleton import Skeleton, TensorSpec
+from capstan.models.checkpoint_map import Sources
+from capstan.models.meta_model import MetaModel, TensorSpec
 from capstan.storage import Checkpoint
 
 GROUP_SIZE = 64
@@ -77,7 +75,7 @@ def decoding_scratch_bytes(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inventory:
+class WeightManifest:
     """All tensors by role. `units[i]` is what layer i needs; the last unit is the head.
 
     A part of a model has some of its layers, the first of them being layer `first_layer`; its last unit is
@@ -95,7 +93,7 @@ class Inventory:
         """The output matrix, if it is here."""
         return self.units[-1][0] if self.units[-1] else None
 
-    def part(self, first: int, end: int) -> "Inventory":
+    def part(self, first: int, end: int) -> "WeightManifest":
         """Layers `first` up to, not including, `end`; the ends with table and head."""
         head = self.units[-1] if end == self.num_layers else ()
         units = (*self.units[first:end], head)
@@ -123,14 +121,14 @@ class Inventory:
         return self.table.stored_bytes // self.table.spec.shape[0] if self.holds_table else 0
 
 
-def take_inventory(
-    skeleton: Skeleton,
+def list_weights(
+    meta: MetaModel,
     checkpoint: Checkpoint,
     sources: Sources,
     *,
     weight_bits: int | None,
     device_type: str,
-) -> Inventory:
+) -> WeightManifest:
     """Decide how every tensor rests.
 
     `weight_bits` 4 or 8 quantises the matrices of the decoder layers, in groups of 64 along their inputs;
@@ -148,13 +146,13 @@ def take_inventory(
         return StoredTensor(spec=spec, dtype=dtype, codec=codec, device_type=device_type)
 
     layers = [
-        tuple(stored(spec, in_layer=True) for spec in skeleton.layer_tensors(index))
-        for index in range(skeleton.num_layers)
+        tuple(stored(spec, in_layer=True) for spec in meta.layer_tensors(index))
+        for index in range(meta.num_layers)
     ]
-    head = stored(skeleton.state[skeleton.head], in_layer=False)
-    table = stored(skeleton.state[skeleton.table], in_layer=False)
-    rest = tuple(stored(spec, in_layer=False) for spec in skeleton.rest)
-    return Inventory(units=(*layers, (head,)), table=table, rest=rest)
+    head = stored(meta.state[meta.head], in_layer=False)
+    table = stored(meta.state[meta.table], in_layer=False)
+    rest = tuple(stored(spec, in_layer=False) for spec in meta.rest)
+    return WeightManifest(units=(*layers, (head,)), table=table, rest=rest)
 
 
 def _codec(spec: TensorSpec, dtype: torch.dtype, bits: int | None, in_layer: bool) -> Codec:
@@ -164,27 +162,3 @@ def _codec(spec: TensorSpec, dtype: torch.dtype, bits: int | None, in_layer: boo
     if bits in (4, 8) and in_layer and is_matrix:
         return GroupQuantised(num_bits=bits, group_size=GROUP_SIZE, scale_dtype=torch.float16)
     return Cast(dtype=torch.float16) if dtype.itemsize > 2 and len(spec.shape) >= 2 else Identity()
-
-
-def cache_codec(
-    cache_bits: int | None,
-    geometry: AttentionGeometry,
-    *,
-    checkpoint_dtype: torch.dtype,
-    compute_dtype: torch.dtype,
-) -> Codec:
-    """The codec of one layer's keys and values.
-
-    None keeps them in the checkpoint's dtype, which is exact when the model computes in it. Groups lie
-    within a head: their size is the largest divisor of the heads' size up to 64, so none is padded.
-    """
-    if cache_bits is not None and cache_bits not in _BITS:
-        raise UsageError(f"The cache is stored in {', '.join(map(str, _BITS))} bits, not in {cache_bits}.")
-    if cache_bits in (4, 8):
-        common = gcd(geometry.key_size, geometry.value_size)
-        size = max(divisor for divisor in range(1, GROUP_SIZE + 1) if common % divisor == 0)
-        return GroupQuantised(num_bits=cache_bits, group_size=size, scale_dtype=torch.float16)
-    narrow = torch.float16 if compute_dtype.itemsize > 2 else compute_dtype
-    wanted = checkpoint_dtype if cache_bits is None or checkpoint_dtype.itemsize == 2 else narrow
-    # What was computed in float32 needs no more, as where a checkpoint is of float64.
-    return Identity() if wanted in (compute_dtype, torch.float64) else Cast(dtype=wanted)

@@ -10,7 +10,7 @@ so that the model's own forward can be run in three pieces, each unmodified:
 
 Sequences are *packed*: a batch is one row `[1, tokens, hidden]` that holds the tokens of many sequences one
 after the other, with their positions. All of a decoder but attention works token by token, so nothing is
-padded; attention is ours (`attention.py`) and knows where each sequence lies.
+padded; attention is the caller's (`attend_with`), who knows where each sequence lies.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from capstan.errors import InputError, UnsupportedModel
-from capstan.generation.attention.packed import attend_through_module
-from capstan.generation.on_meta import parameters_on_meta
+from capstan.errors import UnsupportedModel
+from capstan.models.attention_geometry import attend_through_module
+from capstan.models.on_meta import build_on_meta
 
 ATTENTION_NAME = "capstan"
 _READING_NAME = "capstan masks"  # while masks are read
@@ -54,7 +54,6 @@ class _Order:
 
     calls: list[tuple[Tensor, LayerCall]] | None = None
     returns: Tensor | None = None
-    num_extra_outputs: int = 0
 
 
 class _Tap(nn.Module):
@@ -68,8 +67,7 @@ class _Tap(nn.Module):
         order = self._order
         if order.calls is not None:
             order.calls.append((hidden, LayerCall(args, kwargs)))
-        output = hidden if order.returns is None else order.returns
-        return (output, *[None] * order.num_extra_outputs) if order.num_extra_outputs else output
+        return hidden if order.returns is None else order.returns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +83,15 @@ class TensorSpec:
         return torch.Size(self.shape).numel()
 
 
-class _Socket(NamedTuple):
-    """Where a layer looks a weight up: `holder[key]` of one of its modules."""
+class ParameterSlot(NamedTuple):
+    """Where a module looks a weight up: `holder[key]` of one of its parts."""
 
     name: str
     holder: dict[str, Any]
     key: str
 
 
-class Skeleton:
+class MetaModel:
     """A decoder-only model in pieces.
 
     `table` is the input embedding, `head` the output matrix (the same tensor where they are tied),
@@ -111,13 +109,14 @@ class Skeleton:
             for name, tensor in model.state_dict().items()
         }
         path, layers = _decoder_layers(model, config)
+        self.layers_path = path
         self.layers: list[nn.Module] = list(layers)
         self._layer_prefixes = [f"{path}.{index}." for index in range(len(self.layers))]
-        self._sockets = [
-            list(_sockets(layer, prefix))
+        self._slots = [
+            list(parameter_slots(layer, prefix))
             for layer, prefix in zip(self.layers, self._layer_prefixes, strict=True)
         ]
-        self._blanks = {name: holder[key] for sockets in self._sockets for name, holder, key in sockets}
+        self._blanks = {name: holder[key] for slots in self._slots for name, holder, key in slots}
         self._order = _Order()
         model.get_submodule(path.rpartition(".")[0]).add_module(
             path.rpartition(".")[2], nn.ModuleList(_Tap(self._order) for _ in self.layers)
@@ -152,7 +151,7 @@ class Skeleton:
         """The dtype of hidden states."""
         return self.state[self.table].dtype
 
-    def part(self, first: int, end: int) -> "Skeleton":
+    def part(self, first: int, end: int) -> "MetaModel":
         """The same model with its layers from `first` up to, not including, `end` only. The two share their
         modules: only one of them can compute."""
         _ = self.rest  # found out while all layers are known
@@ -160,7 +159,7 @@ class Skeleton:
         part._run = slice(first, end)
         part.layers = self.layers[first:end]
         part._layer_prefixes = self._layer_prefixes[first:end]
-        part._sockets = self._sockets[first:end]
+        part._slots = self._slots[first:end]
         part._attend = None
         return part
 
@@ -238,12 +237,12 @@ class Skeleton:
 
     def equip(self, index: int, weights: Weights) -> None:
         """Give layer `index` its weights, until `strip`."""
-        for name, holder, key in self._sockets[index]:
+        for name, holder, key in self._slots[index]:
             holder[key] = weights[name]
 
     def strip(self, index: int) -> None:
         """Take the weights away again: their memory has other uses."""
-        for name, holder, key in self._sockets[index]:
+        for name, holder, key in self._slots[index]:
             holder[key] = self._blanks[name]
 
     def layer(self, index: int, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -295,10 +294,6 @@ class Skeleton:
                 if hasattr(module, "layer_idx"):
                     module.capstan_attend = attend
 
-    def note_extra_outputs(self, count: int) -> None:
-        """Layers of this model return a tuple with `count` values after the hidden states."""
-        self._order.num_extra_outputs = count
-
     @contextmanager
     def _taps_set(
         self, *, calls: list[tuple[Tensor, LayerCall]] | None, returns: Tensor | None
@@ -310,8 +305,8 @@ class Skeleton:
             self._order.calls, self._order.returns = None, None
 
 
-def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
-    """Build the skeleton of the model in `folder` (Hugging Face format).
+def open_meta_model(folder: Path, dtype: torch.dtype | None) -> MetaModel:
+    """Build the meta model of the model in `folder` (Hugging Face format), its attention left to the caller.
 
     Args:
         dtype: what the model computes in; None keeps the checkpoint's own.
@@ -320,25 +315,10 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
         InputError: no readable config.json.
         UnsupportedModel: not a decoder-only model whose attention goes through transformers' interface.
     """
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface
 
-    config = _read_config(folder)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"{config.model_type!r} in {folder} is an encoder-decoder; give a decoder-only model."
-        )
     AttentionInterface.register(ATTENTION_NAME, attend_through_module)
-    if dtype is not None:
-        config.dtype = dtype
-    try:
-        with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=ATTENTION_NAME, dtype=config.dtype or torch.float32
-            )
-    except Exception as error:  # whatever a model's own code, or a config that lacks something, leads to
-        raise UnsupportedModel(
-            f"transformers cannot build {config.model_type!r} from {folder} for this engine: {error}"
-        ) from error
+    model, config = build_on_meta(folder, dtype, attention=ATTENTION_NAME)
     if not type(model)._supports_attention_backend:
         raise UnsupportedModel(
             f"The attention of {type(model).__name__} does not go through transformers' attention interface, "
@@ -351,18 +331,7 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None) -> Skeleton:
     model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
     model.eval()
     model.requires_grad_(False)
-    return Skeleton(model, config)
-
-
-def _read_config(folder: Path) -> Any:
-    if not (folder / "config.json").exists():
-        raise InputError(f"{folder} has no config.json. Name a folder in Hugging Face format.")
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise UnsupportedModel(f"transformers does not know the model in {folder}: {error}") from error
+    return MetaModel(model, config)
 
 
 def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
@@ -373,14 +342,15 @@ def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
     raise UnsupportedModel(f"{type(model).__name__} has no list of {wanted} decoder layers to place.")
 
 
-def _sockets(layer: nn.Module, prefix: str) -> Iterator[_Socket]:
-    wanted = set(layer.state_dict())
-    for path, module in layer.named_modules():
-        for holder in (module._parameters, module._buffers):
+def parameter_slots(module: nn.Module, prefix: str) -> Iterator[ParameterSlot]:
+    """Every slot of a module and its parts whose tensor is in the state dict, by `prefix` and that name."""
+    wanted = set(module.state_dict())
+    for path, part in module.named_modules():
+        for holder in (part._parameters, part._buffers):
             for key in holder:
                 name = f"{path}.{key}" if path else key
                 if name in wanted:
-                    yield _Socket(prefix + name, holder, key)
+                    yield ParameterSlot(prefix + name, holder, key)
 
 
 def _name_of(model: Any, module: nn.Module | None, role: str) -> str:
