@@ -34,7 +34,7 @@ def count_workload(batches: Iterable[Samples], slots: list[str]) -> Workload:
     """Read an epoch's IDs once, in the batches that will be trained."""
     num_samples = num_batches = last_batch = 0
     num_ids, distinct = dict.fromkeys(slots, 0), dict.fromkeys(slots, 0)
-    known = {slot: np.empty(0, np.uint64) for slot in slots}
+    seen = {slot: _DistinctIds() for slot in slots}
     for samples in batches:
         last_batch = len(samples.labels)
         num_samples, num_batches = num_samples + last_batch, num_batches + 1
@@ -42,15 +42,36 @@ def count_workload(batches: Iterable[Samples], slots: list[str]) -> Workload:
             own = np.unique(bags.ids)
             num_ids[slot] += len(bags.ids)
             distinct[slot] += len(own)
-            known[slot] = np.union1d(known[slot], own)
+            seen[slot].add(own)
     return Workload(
         num_samples=num_samples,
         num_batches=num_batches,
         last_batch=last_batch,
         num_ids=num_ids,
         distinct=distinct,
-        rows={slot: len(each) for slot, each in known.items()},
+        rows={slot: each.count() for slot, each in seen.items()},
     )
+
+
+class _DistinctIds:
+    """Counts distinct IDs of many batches. Batches are merged when they are as many as what is known, so that
+    each ID is sorted a few times and not once a batch."""
+
+    def __init__(self) -> None:
+        self._known = np.empty(0, np.uint64)
+        self._new: list[np.ndarray] = []
+        self._num_new = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        self._new.append(ids)
+        self._num_new += len(ids)
+        if self._num_new > len(self._known):
+            self.count()
+
+    def count(self) -> int:
+        self._known = np.unique(np.concatenate([self._known, *self._new]))
+        self._new, self._num_new = [], 0
+        return len(self._known)
 
 
 def capacities(config: RecommenderConfig, workload: Workload) -> dict[str, int]:
