@@ -1,7 +1,12 @@
 """What tests of several rooms share: processes, worlds of ranks, and what each room's tests cost."""
 
-import gc
 import os
+
+# Before numpy or torch is imported: tensors are so small here that a second thread only costs, and where two
+# workers share two cores a hundredfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gc
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping

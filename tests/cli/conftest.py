@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,10 +63,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is probed, and one thread computes."""
-    import torch
-
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is probed."""
     compute = {"matmul_flops_per_s": {"float32": 100e9}, "memory_bandwidth_bytes_per_s": 30e9}
     ways = (("host", "device"), ("device", "host"), ("disk", "host"), ("host", "disk"))
     machine = Machine(
@@ -84,10 +82,6 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ),
     )
     monkeypatch.setattr("capstan.generation.planning.opening.this_machine", lambda device: machine)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

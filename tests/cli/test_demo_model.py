@@ -1,7 +1,6 @@
 """The demo's model: it is trained the same whether or not training was stopped, and its prompts are valid."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,14 +22,10 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _six_small_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _six_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, number in {"_STEPS": 6, "_SAVE_EVERY": 2, "_WINDOW": 16, "_WINDOWS_PER_STEP": 2}.items():
         monkeypatch.setattr(demo_model, name, number)
     monkeypatch.setattr(demo_model, "VOCABULARY", 300)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path, texts: list[str]) -> None:

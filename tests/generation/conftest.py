@@ -79,15 +79,6 @@ _SHAPES = {"one-batch": (5, 1), "several-batches": (2, 3), "refilled-slots": (1,
 AMPLE: Mapping[Tier, int] = {"device": 100 << 20, "host": 100 << 20, "disk": 100 << 20}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors are so small here that a second thread only costs, and on busy machines a hundredfold."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session", params=_CONFIGS)
 def family(request: pytest.FixtureRequest) -> str:
     """The name of a family of models."""

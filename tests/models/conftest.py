@@ -1,6 +1,6 @@
 """Tiny random causal language models of several families, in Hugging Face format."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", _GROUPED | {"original_max_position_embeddings": 64}),
     "mixtral": ("MixtralConfig", _HEADED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
