@@ -51,6 +51,7 @@ def test_the_public_names_are_complete():
         "EmbeddingTable",
         "Frequency",
         "HybridEmbedding",
+        "LeastFrequent",
         "LeastRecent",
         "Lookup",
     ]

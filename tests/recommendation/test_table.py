@@ -17,6 +17,7 @@ from capstan.recommendation import (
     Bags,
     EmbeddingTable,
     Frequency,
+    LeastFrequent,
     LeastRecent,
     Probability,
     Sgd,
@@ -127,6 +128,44 @@ def test_eviction_drops_the_least_recently_looked_up_and_its_state(capacity, bat
         expected = table.initial_row(each)[:2] - np.float32(count)
         # one rounding of 2^-24 relative for each of at most 200 subtractions of values below 256
         assert table.rows_of([each])[0] == pytest.approx(expected, abs=200 * 256 * 2**-24)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    capacity=st.integers(8, 12),
+    batches=st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=8), max_size=40),
+    saved_after=st.integers(0, 40),
+)
+def test_eviction_by_frequency_drops_the_row_of_fewest_batches_and_never_one_in_use(
+    capacity, batches, saved_after
+):
+    def make():
+        return EmbeddingTable(2, capacity=capacity, eviction=LeastFrequent(), optimizer=Sgd(lr=1.0))
+
+    table, uses, last = make(), {}, {}
+    for step, batch in enumerate(batches):
+        if step == saved_after:  # what is kept goes on alike
+            kept, table = table, make()
+            table.load_state_dict(kept.state_dict())
+        train(table, batch, gradient=1.0)
+        distinct = list(dict.fromkeys(batch))
+        for place, each in enumerate([*filter(uses.__contains__, distinct)]):
+            uses[each], last[each] = uses[each] + 1, (step, place)
+        for place, each in enumerate(each for each in distinct if each not in uses):
+            if len(uses) == capacity:
+                idle = [known for known in uses if last[known][0] < step]
+                del uses[min(idle, key=lambda known: (uses[known], last[known]))]
+            uses[each], last[each] = 0, (step, len(distinct) + place)
+    assert table.state_dict()["ids"].tolist() == sorted(uses, key=lambda each: (uses[each], last[each]))
+    assert held(table) == sorted(uses)
+
+
+def test_rows_used_256_times_and_more_are_equals_of_which_the_longest_unused_goes():
+    table = EmbeddingTable(1, capacity=2, eviction=LeastFrequent(), optimizer=Sgd(lr=1.0))
+    for each in [1] * 400 + [2] * 256:
+        train(table, [each])
+    train(table, [3])
+    assert held(table) == [2, 3]
 
 
 @settings(max_examples=40, deadline=None)

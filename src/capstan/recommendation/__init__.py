@@ -3,7 +3,7 @@
 Source: arXiv 2111.05897.
 """
 
-from capstan.recommendation.admission import Frequency, LeastRecent, Probability, TimeToLive
+from capstan.recommendation.admission import Frequency, LeastFrequent, LeastRecent, Probability, TimeToLive
 from capstan.recommendation.bags import Bags
 from capstan.recommendation.batch_reader import read_bags
 from capstan.recommendation.hybrid_embedding import HybridEmbedding, StalenessCounts
@@ -17,6 +17,7 @@ __all__ = [
     "EmbeddingTable",
     "Frequency",
     "HybridEmbedding",
+    "LeastFrequent",
     "LeastRecent",
     "Lookup",
     "Probability",

@@ -40,6 +40,12 @@ class LeastRecent:
 
 
 @dataclass(frozen=True)
+class LeastFrequent:
+    """A full table drops the row that was looked up for training in the fewest batches, with its state; of
+    equals the one whose last lookup is longest ago. Counts stop at 256: rows used more often are equals."""
+
+
+@dataclass(frozen=True)
 class TimeToLive:
     """Rows not looked up for training in the last `steps` steps go; a full table drops the oldest."""
 
@@ -51,4 +57,4 @@ class TimeToLive:
 
 
 Admission = Frequency | Probability
-Eviction = LeastRecent | TimeToLive
+Eviction = LeastRecent | LeastFrequent | TimeToLive

@@ -23,10 +23,11 @@ class TableFields(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("slab", "cells", "row_ids", "older", "newer", "used_at", "seen")
+            for name in ("slab", "cells", "row_ids", "older", "newer", "used_at", "level", "oldest", "newest")
         ),
+        ("seen", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("cell_mask", "seen_mask", "capacity", "stride", "dim")),
-        *((name, ctypes.c_int64) for name in ("used", "first_free", "oldest", "newest")),
+        *((name, ctypes.c_int64) for name in ("used", "first_free", "levels")),
         *((name, ctypes.c_int64) for name in ("evicted", "expired", "refused", "inserted", "time_to_live")),
         *((name, ctypes.c_uint64) for name in ("init_key", "admission_key", "admission_below")),
         ("admission_count", ctypes.c_int32),
@@ -68,7 +69,7 @@ def kernels() -> Any:
         ),
         "probe": (ctypes.c_int, (address, address, count, address, ctypes.c_int, count)),
         "initial": (None, (address, ctypes.c_uint64, address)),
-        "insert": (None, (address, address, count, address, address)),
+        "insert": (None, (address, address, count, *3 * (address,))),
         "live_rows": (count, (address, address)),
         "pool": (None, (*4 * (address,), count, small, address, count, small)),
         "is_finite": (ctypes.c_int, (address, count)),

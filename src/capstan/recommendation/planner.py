@@ -129,7 +129,7 @@ def plan_training(
         raise DoesNotFit(
             f"The tables need {bytes_text(table_bytes)} of memory; {bytes_text(memory_bytes)} are granted. "
             "Grant more with --memory, keep rows on disk with --disk FOLDER, or give slots a smaller "
-            "capacity and `evict: lru`."
+            "capacity and `evict: lru` or `lfu`."
         )
     traffic = traffic_of(config, workload.distinct, workload.distinct)
     name = f"{mode}, staleness {staleness}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from capstan.errors import InputError
-from capstan.recommendation.admission import Frequency, LeastRecent
+from capstan.recommendation.admission import Frequency, LeastFrequent, LeastRecent
 from capstan.recommendation.click_log import ClickLog, Samples
 from capstan.recommendation.hybrid_embedding import HybridEmbedding
 from capstan.recommendation.ranking_network import RankingNetwork, dense_optimizer
@@ -20,6 +20,7 @@ from capstan.storage import open_atomically
 
 _FORMAT = "capstan.recommender"
 _VERSION = 1
+_EVICTIONS = {None: None, "lru": LeastRecent(), "lfu": LeastFrequent()}
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Recommender:
                 seed=seed,
                 initial=settings.initial,
                 admission=Frequency(settings.admit_from),
-                eviction=LeastRecent() if settings.evict else None,
+                eviction=_EVICTIONS[settings.evict],
                 folder=folder,
                 threads=threads or torch.get_num_threads(),
             )

@@ -33,11 +33,13 @@ typedef struct {
     float *slab;          /* [capacity, stride] */
     Cell *cells;          /* [cell_mask + 1] */
     uint64_t *row_ids;    /* [capacity] */
-    int32_t *older, *newer; /* [capacity] the rows in order of use; NULL where nothing is evicted */
+    int32_t *older, *newer; /* [capacity] the rows of a level in order of use; NULL where nothing is evicted */
     int64_t *used_at;     /* [capacity] the step of the last training lookup; NULL likewise */
+    uint8_t *level;       /* [capacity] how often it was looked up before, at most levels - 1; NULL likewise */
+    int64_t *oldest, *newest; /* [levels] the ends of each level's order; NULL likewise */
     uint8_t *seen;        /* [seen_mask + 1] how often IDs without a row were looked up; or NULL */
     int64_t cell_mask, seen_mask, capacity, stride, dim;
-    int64_t used, first_free, oldest, newest;
+    int64_t used, first_free, levels;
     int64_t evicted, expired, refused, inserted;
     int64_t time_to_live; /* steps; 0: for ever */
     uint64_t init_key, admission_key, admission_below;
@@ -111,20 +113,33 @@ static void forget_cell(Table *table, int64_t hole) { /* later cells of the run 
 
 static void unlink_row(Table *table, int64_t row) {
     int32_t older = table->older[row], newer = table->newer[row];
-    if (older == NONE) table->oldest = newer; else table->newer[older] = newer;
-    if (newer == NONE) table->newest = older; else table->older[newer] = older;
+    if (older == NONE) table->oldest[table->level[row]] = newer; else table->newer[older] = newer;
+    if (newer == NONE) table->newest[table->level[row]] = older; else table->older[newer] = older;
 }
 
 static void link_newest(Table *table, int64_t row, int64_t step) {
-    table->older[row] = (int32_t)table->newest;
+    int64_t *oldest = &table->oldest[table->level[row]], *newest = &table->newest[table->level[row]];
+    table->older[row] = (int32_t)*newest;
     table->newer[row] = NONE;
-    if (table->newest == NONE) table->oldest = row; else table->newer[table->newest] = (int32_t)row;
-    table->newest = row;
+    if (*newest == NONE) *oldest = row; else table->newer[*newest] = (int32_t)row;
+    *newest = row;
     table->used_at[row] = step;
 }
 
-static void drop_oldest(Table *table) {
-    int64_t row = table->oldest;
+static void use_again(Table *table, int64_t row, int64_t step) {
+    unlink_row(table, row);
+    if (table->level[row] + 1 < table->levels) table->level[row]++;
+    link_newest(table, row, step);
+}
+
+/* Of the lowest level the longest unused; of a level whose longest unused is in use now, all are. */
+static int64_t first_to_go(const Table *table, int64_t step) {
+    int64_t at = 0;
+    while (table->oldest[at] == NONE || table->used_at[table->oldest[at]] == step) at++;
+    return table->oldest[at];
+}
+
+static void drop_row(Table *table, int64_t row) {
     forget_cell(table, cell_of(table, table->row_ids[row]));
     unlink_row(table, row);
     table->row_ids[row] = ~0ull;
@@ -168,8 +183,8 @@ static int64_t new_row(Table *table) {
 /* Rows of distinct IDs, NONE where there is none. `trains`: use is noted, and IDs without a row are given one. */
 int capstan_probe(Table *table, const uint64_t *ids, int64_t count, int64_t *rows, int trains, int64_t step) {
     if (trains && table->time_to_live)
-        while (table->oldest != NONE && step - table->used_at[table->oldest] > table->time_to_live) {
-            drop_oldest(table);
+        while (*table->oldest != NONE && step - table->used_at[*table->oldest] > table->time_to_live) {
+            drop_row(table, *table->oldest);
             table->expired++;
         }
     int64_t missing = 0;
@@ -197,22 +212,22 @@ int capstan_probe(Table *table, const uint64_t *ids, int64_t count, int64_t *row
     if (table->older)
         for (int64_t i = 0; i < count; i++) {
             if (i + AHEAD < count && rows[i + AHEAD] >= 0) __builtin_prefetch(&table->used_at[rows[i + AHEAD]], 1);
-            if (rows[i] >= 0) {
-                unlink_row(table, rows[i]);
-                link_newest(table, rows[i], step);
-            }
+            if (rows[i] >= 0) use_again(table, rows[i], step);
         }
     for (int64_t i = 0; i < count && missing; i++) {
         if (rows[i] != NONE) continue;
         int64_t row = new_row(table);
         if (row == NONE) {
-            drop_oldest(table);
+            drop_row(table, first_to_go(table, step));
             table->evicted++;
             row = new_row(table);
         }
         table->cells[cell_of(table, ids[i])] = (Cell){ids[i], row};
         table->row_ids[row] = ids[i];
-        if (table->older) link_newest(table, row, step);
+        if (table->older) {
+            table->level[row] = 0;
+            link_newest(table, row, step);
+        }
         capstan_initial(table, ids[i], table->slab + row * table->stride);
         table->inserted++;
         rows[i] = row;
@@ -224,22 +239,27 @@ int capstan_probe(Table *table, const uint64_t *ids, int64_t count, int64_t *row
 }
 
 /* Put rows under IDs that have none, as they come: loading. The caller checked that they fit. */
-void capstan_insert(Table *table, const uint64_t *ids, int64_t count, const float *from, const int64_t *used_at) {
+void capstan_insert(Table *table, const uint64_t *ids, int64_t count, const float *from, const int64_t *used_at,
+                    const uint8_t *level) {
     for (int64_t i = 0; i < count; i++) {
         int64_t row = new_row(table);
         table->cells[cell_of(table, ids[i])] = (Cell){ids[i], row};
         table->row_ids[row] = ids[i];
-        if (table->older) link_newest(table, row, used_at[i]);
+        if (table->older) {
+            table->level[row] = level[i] < table->levels ? level[i] : (uint8_t)(table->levels - 1);
+            link_newest(table, row, used_at[i]);
+        }
         memcpy(table->slab + row * table->stride, from + i * table->stride, (size_t)table->stride * 4);
         table->inserted++;
     }
 }
 
-/* Rows that hold an ID, the longest unused first where use is noted. */
+/* Rows that hold an ID; where use is noted the seldom used first, of equals the longest unused. */
 int64_t capstan_live_rows(const Table *table, int64_t *rows) {
     int64_t count = 0;
     if (table->older)
-        for (int64_t row = table->oldest; row != NONE; row = table->newer[row]) rows[count++] = row;
+        for (int64_t at = 0; at < table->levels; at++)
+            for (int64_t row = table->oldest[at]; row != NONE; row = table->newer[row]) rows[count++] = row;
     else
         for (int64_t row = 0; row < table->used; row++) rows[count++] = row;
     return count;

@@ -10,7 +10,14 @@ import numpy as np
 
 from capstan.errors import DoesNotFit, InputError, UsageError, unknown_name
 from capstan.hardware.free_memory import free_host_memory
-from capstan.recommendation.admission import Admission, Eviction, Frequency, Probability, TimeToLive
+from capstan.recommendation.admission import (
+    Admission,
+    Eviction,
+    Frequency,
+    LeastFrequent,
+    Probability,
+    TimeToLive,
+)
 from capstan.recommendation.bags import Bags
 from capstan.recommendation.kernels import (
     BATCH_TOO_LARGE,
@@ -28,6 +35,7 @@ from capstan.recommendation.row_memory import row_memory
 POOLINGS = ("sum", "mean", "sqrt")
 _MOST_DIM = 1 << 16
 _SKETCH_PER_ROW = 4
+_LEVELS = 256  # how often a row was used is told apart up to here, where that matters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +115,8 @@ class EmbeddingTable:
         self._slab = row_memory(capacity, self.stride, folder)
         self._cells = np.empty(_num_cells(capacity), dtype=CELL)
         self._row_ids = np.zeros(capacity, dtype=np.uint64)
-        self._order = [np.empty(capacity, dtype=kind) for kind in (np.int32, np.int32, np.int64)]
-        self._order = self._order if eviction else []
+        self._order = _use_order(capacity, _LEVELS if isinstance(eviction, LeastFrequent) else 1)
+        self._order = self._order if eviction else {}
         wants_sketch = isinstance(admission, Frequency) and admission.count > 1
         self._seen = np.zeros(_power_of_two(_SKETCH_PER_ROW * capacity), np.uint8) if wants_sketch else None
         self._scratch = np.zeros(0, dtype=SCRATCH)
@@ -119,9 +127,8 @@ class EmbeddingTable:
     def _table_fields(
         self, initial: tuple[float, float], admission: Admission | None, eviction: Eviction | None
     ) -> TableFields:
-        older, newer, used_at = self._order or (None, None, None)
         arrays = {"slab": self._slab, "cells": self._cells, "row_ids": self._row_ids, "seen": self._seen}
-        arrays |= {"older": older, "newer": newer, "used_at": used_at}
+        arrays |= self._order
         share = admission.share if isinstance(admission, Probability) else 1.0
         return TableFields(
             **{name: address_of(array) for name, array in arrays.items()},
@@ -130,6 +137,7 @@ class EmbeddingTable:
             capacity=self.capacity,
             stride=self.stride,
             dim=self.dim,
+            levels=len(self._order.get("oldest", ())),
             time_to_live=eviction.steps if isinstance(eviction, TimeToLive) else 0,
             init_key=_key("rows", self.seed, self.name),
             admission_key=_key("admission", self.seed, self.name),
@@ -233,8 +241,8 @@ class EmbeddingTable:
         new = int(np.count_nonzero(found.rows == NO_ROW))
         return DoesNotFit(
             f"Table {self.name!r} is full: it holds {len(self):,} of {self.capacity:,} rows and the batch "
-            f"brings {new:,} new IDs. Raise its capacity, or let it evict (LeastRecent) or admit fewer "
-            "(Frequency)."
+            f"brings {new:,} new IDs. Raise its capacity, or let it evict (LeastRecent, LeastFrequent) or "
+            "admit fewer (Frequency)."
         )
 
     # --- looking in ------------------------------------------------------------------------------------
@@ -245,7 +253,7 @@ class EmbeddingTable:
     @property
     def index_bytes(self) -> int:
         """Memory of everything but the rows."""
-        arrays = (self._cells, self._row_ids, self._seen, *self._order)
+        arrays = (self._cells, self._row_ids, self._seen, *self._order.values())
         return sum(array.nbytes for array in arrays if array is not None)
 
     @property
@@ -279,13 +287,14 @@ class EmbeddingTable:
     # --- keeping ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """IDs with their rows, the longest unused first, and the counters that the optimizer needs."""
+        """IDs with their rows, the next to be evicted first, and the counters that the optimizer needs."""
         rows = np.empty(len(self), dtype=np.int64)
         self._kernels.capstan_live_rows(ctypes.byref(self._fields), address_of(rows))
         return {
             "ids": self._row_ids[rows],
             "rows": self._slab[rows],
-            "used_at": self._order[2][rows] if self._order else np.zeros(len(rows), dtype=np.int64),
+            "used_at": self._order["used_at"][rows] if self._order else np.zeros(len(rows), np.int64),
+            "level": self._order["level"][rows] if self._order else np.zeros(len(rows), np.uint8),
             "seen": np.zeros(0, np.uint8) if self._seen is None else self._seen.copy(),
             "dim": self.dim,
             "step": self.step,
@@ -301,6 +310,7 @@ class EmbeddingTable:
         ids = np.ascontiguousarray(state["ids"], dtype=np.uint64)
         rows = np.ascontiguousarray(state["rows"], dtype=np.float32)
         used_at = np.ascontiguousarray(state["used_at"], dtype=np.int64)
+        level = np.ascontiguousarray(state.get("level", np.zeros(len(ids))), dtype=np.uint8)
         if state["dim"] != self.dim or rows.shape != (len(ids), self.stride):
             raise InputError(
                 f"Table {self.name!r} has dim {self.dim} and rows of {self.stride} floats with the state of "
@@ -312,12 +322,13 @@ class EmbeddingTable:
                 f"Table {self.name!r} holds {self.capacity:,} rows and {len(ids):,} were to be loaded. "
                 "Raise its capacity."
             )
-        if len(np.unique(ids)) != len(ids) or len(used_at) != len(ids):
+        if len(np.unique(ids)) != len(ids) or {len(used_at), len(level)} != {len(ids)}:
             raise InputError(f"The rows to load into table {self.name!r} do not have one ID each.")
         self.clear()
         self._kernels.capstan_insert(
-            ctypes.byref(self._fields), address_of(ids), len(ids), address_of(rows), address_of(used_at)
-        )
+            ctypes.byref(self._fields), address_of(ids), len(ids), address_of(rows), address_of(used_at),
+            address_of(level),
+        )  # fmt: skip
         if self._seen is not None and len(state["seen"]) == len(self._seen):
             self._seen[:] = state["seen"]
         self.step, self.updates = int(state["step"]), int(state["updates"])
@@ -327,7 +338,9 @@ class EmbeddingTable:
         self._cells["row"] = NO_ROW
         fields = self._fields
         fields.used = fields.evicted = fields.expired = fields.refused = fields.inserted = 0
-        fields.first_free = fields.oldest = fields.newest = NO_ROW
+        fields.first_free = NO_ROW
+        for name in self._order.keys() & {"oldest", "newest"}:
+            self._order[name][:] = NO_ROW
         if self._seen is not None:
             self._seen[:] = 0
         self.step = self.updates = self._late = self._rows_read = self._rows_updated = 0
@@ -352,7 +365,15 @@ def index_bytes(capacity: int, *, evicts: bool = False, counts: bool = False) ->
     """Memory of the index of a table: cells, an ID a row, order of use, and counts for admission."""
     cells = CELL.itemsize * _num_cells(capacity)
     sketch = _power_of_two(_SKETCH_PER_ROW * capacity) if counts else 0
-    return cells + 8 * capacity + (16 * capacity if evicts else 0) + sketch
+    return cells + 8 * capacity + (17 * capacity if evicts else 0) + sketch
+
+
+def _use_order(capacity: int, levels: int) -> dict[str, np.ndarray]:
+    """What eviction keeps: each row's neighbours in the order of use, its last use and its level; the ends of
+    each level's order. 17 bytes a row."""
+    by_row = {"older": np.int32, "newer": np.int32, "used_at": np.int64, "level": np.uint8}
+    order = {name: np.empty(capacity, dtype=kind) for name, kind in by_row.items()}
+    return order | {name: np.empty(levels, dtype=np.int64) for name in ("oldest", "newest")}
 
 
 def _num_cells(capacity: int) -> int:

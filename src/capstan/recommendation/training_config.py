@@ -51,7 +51,7 @@ class SlotSettings(_Strict):
     pooling: Literal["sum", "mean", "sqrt"] = "sum"
     optimizer: dict[str, Any] = {"kind": "adagrad"}
     capacity: Annotated[int, Field(ge=1)] | None = None
-    evict: Literal["lru"] | None = None
+    evict: Literal["lru", "lfu"] | None = None
     admit_from: Annotated[int, Field(ge=1, le=255)] = 1
     initial: tuple[float, float] = (-0.01, 0.01)
 
