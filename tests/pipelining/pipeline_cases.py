@@ -1,6 +1,7 @@
 """What each rank does in the tests of pipelines."""
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from capstan.pipelining.training import train
 
 VOCABULARY, SEQUENCE, SAMPLES = 16, 8, 16
 _FEW = {"forward_bits": 2, "backward_bits": 4}
+
+
+def script(path: str) -> None:
+    """A Python script, as `python path` runs it."""
+    runpy.run_path(path, run_name="__main__")
 
 
 def data(samples: int = SAMPLES) -> torch.Tensor:

@@ -60,7 +60,7 @@ def test_the_page_s_example_trains(fork, torchrun, tmp_path):
     example, _ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     script = tmp_path / "script.py"
     script.write_text(example)
-    ranks = [fork("commands.py", "script", str(script), environment=each) for each in torchrun(2)]
+    ranks = [fork(FILE, "script", str(script), environment=each) for each in torchrun(2)]
     said = [rank.communicate(60) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     # The targets' variance is about 0.4: what a constant would lose.
