@@ -91,7 +91,11 @@ def report(found: dict[str, Any], told: dict[str, Any], links: Links) -> None:
     speed = fastest_s[FULL] / fastest_s[FEW]
     goal = GOALS[told["rate_mbit"]]
     bars = {
-        "changes 2/4: times as fast as full precision": {"goal": goal, "reached": speed, "holds": speed >= goal},
+        "changes 2/4: times as fast as full precision": {
+            "goal": goal,
+            "reached": speed,
+            "holds": speed >= goal,
+        },
         "interface over ledger bytes": {"goal": 1.02, "reached": over, "holds": over <= 1.02},
     }
     write_record(
@@ -100,7 +104,9 @@ def report(found: dict[str, Any], told: dict[str, Any], links: Links) -> None:
         machine=this_machine(),
         figures=found
         | {
-            "times as fast as full precision": {name: fastest_s[FULL] / each for name, each in fastest_s.items()},
+            "times as fast as full precision": {
+                name: fastest_s[FULL] / each for name, each in fastest_s.items()
+            },
             "seconds of a message in full over seconds of a stage's compute": ratio,
         },
         bound={

@@ -42,6 +42,9 @@ DirectOption = Annotated[bool, typer.Option("--direct", help="Send activations, 
 SymmetricOption = Annotated[
     bool, typer.Option("--symmetric", help="Grids with as many levels below 0 as above.")
 ]
+MidriseOption = Annotated[
+    bool, typer.Option("--midrise", help="Grids with as many levels below 0 as above, and none at 0.")
+]
 StochasticOption = Annotated[bool, typer.Option("--stochastic", help="Round without bias.")]
 ScheduleOption = Annotated[str, typer.Option(help="1f1b or gpipe.")]
 PartsOption = Annotated[int, typer.Option("--micro-batches", help="Parts of a batch.")]
@@ -77,6 +80,7 @@ def pipeline(
     group_size: GroupOption = 64,
     direct: DirectOption = False,
     symmetric: SymmetricOption = False,
+    midrise: MidriseOption = False,
     stochastic: StochasticOption = False,
     schedule: ScheduleOption = "1f1b",
     micro_batches: PartsOption = 4,
@@ -125,6 +129,7 @@ def pipeline(
         group_size=group_size,
         direct=direct,
         symmetric=symmetric,
+        midrise=midrise,
         stochastic=stochastic,
         schedule=schedule,
         micro_batches=micro_batches,

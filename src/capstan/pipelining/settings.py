@@ -35,6 +35,7 @@ class Settings:
         forward_bits, backward_bits: of messages; None is full precision.
         direct: quantise activations themselves, not their changes.
         symmetric: grids with as many levels below 0 as above.
+        midrise: those, without a level at 0.
         stochastic: round without bias.
         batch, sequence: samples a step, and tokens a sample.
     """
@@ -48,6 +49,7 @@ class Settings:
     group_size: int = GROUP_SIZE
     direct: bool = False
     symmetric: bool = False
+    midrise: bool = False
     stochastic: bool = False
     schedule: str = "1f1b"
     micro_batches: int = 4
@@ -83,6 +85,7 @@ class Settings:
             backward_bits=self.backward_bits,
             group_size=self.group_size,
             symmetric=self.symmetric,
+            midrise=self.midrise,
             stochastic=self.stochastic,
             changes=not self.direct,
         )

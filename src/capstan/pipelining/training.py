@@ -62,6 +62,11 @@ def train(settings: Settings, folder: Path | None = None, output: Path | None = 
     for epoch in range(start, settings.epochs):
         phase, loss = _epoch(pipeline, optimizer, settings, samples, epoch)
         phases.append(phase)
+        if (broken := pipeline.repair()) and pipeline.group.is_first:
+            print(
+                f"epoch {epoch + 1}: the ends of boundaries {broken} differed, and forgot what they held",
+                file=sys.stderr,
+            )
         told["loss"].append(loss)
         told["held_out_loss"].append(_held_out_loss(pipeline, held_out, settings.batch))
         told["wire_bytes"].append(sum(phase.traffic.size_bytes.values()))
