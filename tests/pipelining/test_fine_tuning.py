@@ -117,6 +117,7 @@ def test_a_rank_that_is_killed_under_torchrun_leaves_a_run_that_goes_on_with_the
     until_s = time.monotonic() + 60
     while not all((kept / f"epoch-000002.stage-{rank}-of-2.pt").exists() for rank in range(2)):
         assert time.monotonic() < until_s, [rank.err for rank in killed]
+        time.sleep(0.01)
     killed[1].kill()
     assert killed[0].wait(60) == 1
     assert "error: Rank 1 is gone" in killed[0].err
