@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--compute-s", type=float, default=0.006)
     options = parser.parse_args()
     told = vars(options) | {"variants": VARIANTS, "schedules": SCHEDULES}

@@ -1,6 +1,6 @@
 """Tiny random causal language models in Hugging Face format, some with a tokenizer of bytes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import made_tokenizers
+from world import Forked, WarmParent
 
 VOCABULARY, HIDDEN = 48, 16
 SIZES = {
@@ -62,3 +63,19 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return folder
 
     return folder_of
+
+
+@pytest.fixture
+def start(warm_parent: WarmParent) -> Iterator[Callable[..., Forked]]:
+    """`start(file, function, *arguments, environment=…)`: a process that calls the function and then just
+    stops, which is quicker than to end as a program does. Killed when the test is over."""
+    started: list[Forked] = []
+
+    def start(file: str, function: str, *arguments: Any, environment: Mapping[str, str]) -> Forked:
+        started.append(warm_parent.fork(file, function, arguments, environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait(60)

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from capstan.cli.train_pipeline import pipeline
 from capstan.errors import CapstanError, InputError, UnsupportedModel, UsageError
+from capstan.models import cut_causal_lm, load_stage
 from capstan.pipelining.decoder import token_loss
+from capstan.pipelining.dropout import configured_rates, dropout_rates
 from capstan.pipelining.planner import Links, plan_training, step_seconds
 from capstan.pipelining.settings import Settings
 from capstan.plans import Trace
@@ -88,8 +90,8 @@ def test_texts_of_json_lines_follow_each_other_with_the_end_between_them(folder_
     assert bytes(rows[:, :-1].flatten().tolist()).startswith((SENTENCE + "0\n" + SENTENCE).encode())
 
 
-def _start(fork, torchrun, words):
-    return [fork(FILE, "verb", *words, environment=each) for each in torchrun(2)]
+def _run(start, torchrun, words):
+    return [start(FILE, "verb", *words, environment=each) for each in torchrun(2)]
 
 
 def _words(settings, **more):
@@ -102,10 +104,10 @@ def _words(settings, **more):
 
 
 def test_a_rank_that_is_killed_under_torchrun_leaves_a_run_that_goes_on_with_the_same_losses(
-    fork, torchrun, folder_of, texts, tmp_path
+    start, torchrun, folder_of, texts, tmp_path
 ):
     settings = SMALL | texts | {"model": str(folder_of("llama-tied")), "seed": 3}
-    whole = _start(fork, torchrun, _words(settings, epochs=6, output=tmp_path / "whole"))
+    whole = _run(start, torchrun, _words(settings, epochs=6, output=tmp_path / "whole"))
     said = [rank.communicate(60) for rank in whole]
     assert [rank.returncode for rank in whole] == [0, 0], said
     assert said[1][0] == ""
@@ -113,7 +115,7 @@ def test_a_rank_that_is_killed_under_torchrun_leaves_a_run_that_goes_on_with_the
 
     kept = tmp_path / "run"
     long = _words(settings, epochs=5000, output=tmp_path / "halves", checkpoint=kept, patience_s=6)
-    killed = _start(fork, torchrun, long)
+    killed = _run(start, torchrun, long)
     until_s = time.monotonic() + 60
     while not all((kept / f"epoch-000002.stage-{rank}-of-2.pt").exists() for rank in range(2)):
         assert time.monotonic() < until_s, [rank.err for rank in killed]
@@ -123,8 +125,8 @@ def test_a_rank_that_is_killed_under_torchrun_leaves_a_run_that_goes_on_with_the
     assert "error: Rank 1 is gone" in killed[0].err
     epochs = 1 + max(int(path.name[6:12]) for path in kept.iterdir())
 
-    resumed = _start(
-        fork,
+    resumed = _run(
+        start,
         torchrun,
         _words(settings, epochs=epochs, output=tmp_path / "halves", checkpoint=kept, patience_s=6),
     )
@@ -221,6 +223,18 @@ def test_what_cannot_be_fine_tuned_is_refused_before_anything_starts(folder_of, 
     }.items():
         monkeypatch.setenv(name, value)
     assert "has started 3 ranks, and --stages is 2" in str(_refusal("--data", text, "--stages", 2, *short))
+
+
+def test_dropout_that_attention_applies_without_a_module_is_warned_of(folder_of):
+    from transformers import GPT2Config, LlamaConfig
+
+    assert configured_rates(LlamaConfig(attention_dropout=0.2)) == {"attention_dropout": 0.2}
+    # Its summary_first_dropout is of a head that no causal language model has.
+    assert configured_rates(GPT2Config()) == dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1)
+    (cut,) = cut_causal_lm(folder_of("gpt2"), 1)
+    assert {"attn_pdrop", "model.transformer.drop"} <= dropout_rates(
+        load_stage(folder_of("gpt2"), cut)
+    ).keys()
 
 
 @pytest.mark.slow

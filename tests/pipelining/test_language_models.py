@@ -103,7 +103,7 @@ def test_a_stage_of_another_rank_is_refused_by_all(in_world, folder_of):
         assert "found 0 of 3, 1 of 3." in found[2]
 
 
-def test_the_page_s_example_fine_tunes_and_writes_a_checkpoint(fork, torchrun, cases, folder_of, tmp_path):
+def test_the_page_s_example_fine_tunes_and_writes_a_checkpoint(start, torchrun, cases, folder_of, tmp_path):
     from transformers import AutoModelForCausalLM
 
     _, example = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -118,7 +118,7 @@ def test_the_page_s_example_fine_tunes_and_writes_a_checkpoint(fork, torchrun, c
     torch.save(cases.data(), tmp_path / "in.pt")
     script = tmp_path / "script.py"
     script.write_text(example)
-    ranks = [fork(FILE, "script", str(script), environment=each) for each in torchrun(2)]
+    ranks = [start(FILE, "script", str(script), environment=each) for each in torchrun(2)]
     said = [rank.communicate(60) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
 

@@ -64,11 +64,11 @@ def test_ends_that_differ_after_an_epoch_send_the_next_one_in_full(in_world, tex
         assert others == [first, later]
 
 
-def test_the_page_s_example_trains(fork, torchrun, tmp_path):
+def test_the_page_s_example_trains(start, torchrun, tmp_path):
     example, _ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     script = tmp_path / "script.py"
     script.write_text(example)
-    ranks = [fork(FILE, "script", str(script), environment=each) for each in torchrun(2)]
+    ranks = [start(FILE, "script", str(script), environment=each) for each in torchrun(2)]
     said = [rank.communicate(60) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     # The targets' variance is about 0.4: what a constant would lose.
