@@ -170,12 +170,13 @@ def _check(settings: "Settings", checkpoint: Path | None, output: Path | None) -
     from capstan.models import refuse_other_weights
     from capstan.pipelining.training import check_folder
 
+    for folder in (checkpoint, output):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is a file. Name a folder.")
     settings.samples()
     if output is not None and settings.model is not None:
         refuse_other_weights(settings.stages, Path(settings.model), output)
     if checkpoint is not None:
-        if checkpoint.exists() and not checkpoint.is_dir():
-            raise UsageError(f"{checkpoint} is a file. Name a folder for checkpoints.")
         check_folder(checkpoint, settings)
 
 

@@ -55,10 +55,8 @@ def refuse_other_weights(num_stages: int, source: Path, target: Path) -> None:
     """What `save_stage` would refuse of `target`, to be known before training.
 
     Raises:
-        UsageError: `target` has weights of another model, is `source`, or is no folder.
+        UsageError: `target` has weights of another model, or is `source`.
     """
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"{target} is a file. Name a folder for the trained model.")
     others = {path.name for path in target.glob("*.safetensors")} - set(_shard_names(num_stages))
     if others or source.resolve() == target.resolve():
         raise UsageError(f"{target} holds weights of another model. Name another folder.")
