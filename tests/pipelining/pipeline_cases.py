@@ -1,6 +1,7 @@
 """What each rank does in the tests of pipelines."""
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,18 @@ from torch import nn
 import capstan.pipelining.stage  # noqa: F401  # imported late by a pipeline, here once for all ranks
 import world
 from capstan.errors import CapstanError
-from capstan.pipelining import Compression, Pipeline
+from capstan.pipelining import Compression, Pipeline, training
 from capstan.pipelining.decoder import decoder, token_loss
 from capstan.pipelining.settings import Settings
 from capstan.pipelining.training import train
 
 VOCABULARY, SEQUENCE, SAMPLES = 16, 8, 16
 _FEW = {"forward_bits": 2, "backward_bits": 4}
+
+
+def script(path: str) -> None:
+    """A Python script, as `python path` runs it."""
+    runpy.run_path(path, run_name="__main__")
 
 
 def data(samples: int = SAMPLES) -> torch.Tensor:
@@ -177,8 +183,23 @@ def wrong(rank: int, size: int, arguments: Any) -> list[str]:
 def trained(rank: int, size: int, arguments: dict[str, Any]) -> dict[str, Any]:
     """The verb's run on this rank."""
     folder = Path(arguments["folder"]) if arguments["folder"] else None
+    if arguments.get("spoil") and rank == 1:
+        _spoil_after_second_epoch()
     found = train(Settings(**arguments["settings"]), folder)
     return found | {"trace": json.dumps(found["trace"])}
+
+
+def _spoil_after_second_epoch() -> None:
+    whole = training._epoch
+
+    def spoilt(pipeline: Pipeline, optimizer: Any, settings: Settings, samples: Any, epoch: int) -> Any:
+        found = whole(pipeline, optimizer, settings, samples, epoch)
+        if epoch == 1:
+            assert pipeline.before is not None
+            pipeline.before.held(0).view(-1)[0] += 1
+        return found
+
+    training._epoch = spoilt
 
 
 def converging(rank: int, size: int, arguments: dict[str, Any]) -> dict[str, float]:

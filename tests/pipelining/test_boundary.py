@@ -18,20 +18,19 @@ BATCHES = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=5), min_size
     batches=BATCHES,
     bits=st.integers(1, 8),
     stochastic=st.booleans(),
-    symmetric=st.booleans(),
+    grid=st.sampled_from(["", "symmetric", "midrise"]),
     restart_at=st.integers(0, 12),
     forget_at=st.integers(0, 12),
     seed=st.integers(0, 999),
 )
-def test_both_ends_hold_the_same_bit_for_bit(
-    batches, bits, stochastic, symmetric, restart_at, forget_at, seed
-):
+def test_both_ends_hold_the_same_bit_for_bit(batches, bits, stochastic, grid, restart_at, forget_at, seed):
     # In any order, with partial batches, a sample twice in one, a restart and a common forgetting.
     compression = Compression.of_bits(
-        forward_bits=max(bits, 2) if symmetric else bits,
+        forward_bits=max(bits, 2) if grid == "symmetric" else bits,
         backward_bits=None,
         group_size=4,
-        symmetric=symmetric,
+        symmetric=grid == "symmetric",
+        midrise=grid == "midrise",
         stochastic=stochastic,
     )
     sender, receiver = (BoundaryEnd(compression, salt=3) for _ in range(2))

@@ -2,11 +2,8 @@
 
 import importlib.util
 import re
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -14,22 +11,6 @@ import torch
 FILE = str(Path(__file__).with_name("language_model_cases.py"))
 PAGE = (Path(__file__).parents[2] / "docs" / "pipelining.md").read_text()
 VOCABULARY, SEQUENCE, HIDDEN = 48, 8, 16
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 16,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", SIZES),
-    "gemma2-tied": ("Gemma2Config", SIZES | {"head_dim": 8, "sliding_window": 3}),
-}
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +21,34 @@ def cases() -> ModuleType:
     return cases
 
 
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`folder_of(kind)`: a folder with a tiny random model, made once."""
-    import transformers
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_fifty_steps_on_a_llama_are_those_of_one_process(in_world, cases, folder_of, size, schedule):
+    # Each step multiplies what roundings have made of the difference, by less where steps are short.
+    case = {"folder": str(folder_of("llama")), "steps": 50, "clip": 1.0, "rate": 0.02}
+    losses, _ = cases.alone(folder_of("llama"), 50, 1.0, rate=0.02)
+    ranks = in_world(FILE, "staged", size, case | {"schedule": schedule, "parts": 4})
+    assert ranks[-1]["losses"] == pytest.approx(losses, rel=1e-6)
+    assert losses[-1] < losses[0] - 0.1
 
-    transformers.utils.logging.disable_progress_bar()
 
-    @cache
-    def folder_of(kind: str) -> Path:
-        folder, (class_name, sizes) = tmp_path_factory.mktemp(kind), CONFIGS[kind]
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            config = getattr(transformers, class_name)(**sizes)
-            transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        return folder
-
-    return folder_of
+def test_what_a_language_model_cannot_be_run_with_is_refused_by_all_and_the_next_step_runs(
+    in_world, folder_of
+):
+    first, last = in_world(FILE, "refused", 2, {"folder": str(folder_of("llama"))})
+    assert first == last
+    above, below, kind, flat, long, autocast, checkpointed = first
+    assert (
+        above
+        == "InputError: 48 is no token of the model, whose ids are 0 to 47. Use the model's own tokenizer."
+    )
+    assert "is no token of the model" in below
+    assert "takes token ids [samples, tokens], found torch.float32" in kind
+    assert "of shape [9]" in flat
+    assert "positions for 16 tokens, found 27" in long
+    assert autocast.startswith("UsageError: A pipeline is not run under autocast")
+    assert checkpointed.startswith("UnsupportedModel: transformers' gradient checkpointing")
 
 
 @pytest.mark.covering(1)
@@ -111,7 +103,7 @@ def test_a_stage_of_another_rank_is_refused_by_all(in_world, folder_of):
         assert "found 0 of 3, 1 of 3." in found[2]
 
 
-def test_the_page_s_example_fine_tunes_and_writes_a_checkpoint(fork, torchrun, cases, folder_of, tmp_path):
+def test_the_page_s_example_fine_tunes_and_writes_a_checkpoint(start, torchrun, cases, folder_of, tmp_path):
     from transformers import AutoModelForCausalLM
 
     _, example = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -126,7 +118,7 @@ def test_the_page_s_example_fine_tunes_and_writes_a_checkpoint(fork, torchrun, c
     torch.save(cases.data(), tmp_path / "in.pt")
     script = tmp_path / "script.py"
     script.write_text(example)
-    ranks = [fork("commands.py", "script", str(script), environment=each) for each in torchrun(2)]
+    ranks = [start(FILE, "script", str(script), environment=each) for each in torchrun(2)]
     said = [rank.communicate(60) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
 

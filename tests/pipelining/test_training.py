@@ -56,11 +56,19 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not_and_sends_what_was_plan
         replace(told, forward_bits=4).check_same(vars(told), Path("run"))
 
 
-def test_the_page_s_example_trains(fork, torchrun, tmp_path):
+def test_ends_that_differ_after_an_epoch_send_the_next_one_in_full(in_world, text):
+    case = {"settings": SMALL | {"data": str(text), "epochs": 4}, "folder": None, "spoil": True}
+    for each in in_world(FILE, "trained", 2, case):
+        first, later, *others = each["wire_bytes"]
+        assert first > later
+        assert others == [first, later]
+
+
+def test_the_page_s_example_trains(start, torchrun, tmp_path):
     example, _ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     script = tmp_path / "script.py"
     script.write_text(example)
-    ranks = [fork("commands.py", "script", str(script), environment=each) for each in torchrun(2)]
+    ranks = [start(FILE, "script", str(script), environment=each) for each in torchrun(2)]
     said = [rank.communicate(60) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     # The targets' variance is about 0.4: what a constant would lose.

@@ -40,10 +40,8 @@ def save_stage(stage: Stage, cuts: Sequence[StageCut], source: Path, target: Pat
         raise UsageError(
             f"Stage {stage.cut.index} is not one of the {len(cuts)} cuts. Give those of all stages."
         )
-    names = [f"model-{cut.index + 1:05d}-of-{len(cuts):05d}.safetensors" for cut in cuts]
-    others = sorted({path.name for path in target.glob("*.safetensors")} - set(names))
-    if others or source.resolve() == target.resolve():
-        raise UsageError(f"{target} holds weights of another model. Name another folder.")
+    refuse_other_weights(len(cuts), source, target)
+    names = _shard_names(len(cuts))
     _write_shard(stage, target / names[stage.cut.index])
     if stage.cut.is_first:
         _write_index(stage, cuts, names, target)
@@ -51,6 +49,21 @@ def save_stage(stage: Stage, cuts: Sequence[StageCut], source: Path, target: Pat
         for each in _COMPANIONS:
             if (source / each).is_file():
                 write_atomically(target / each, (source / each).read_bytes())
+
+
+def refuse_other_weights(num_stages: int, source: Path, target: Path) -> None:
+    """What `save_stage` would refuse of `target`, to be known before training.
+
+    Raises:
+        UsageError: `target` has weights of another model, or is `source`.
+    """
+    others = {path.name for path in target.glob("*.safetensors")} - set(_shard_names(num_stages))
+    if others or source.resolve() == target.resolve():
+        raise UsageError(f"{target} holds weights of another model. Name another folder.")
+
+
+def _shard_names(num_stages: int) -> list[str]:
+    return [f"model-{index + 1:05d}-of-{num_stages:05d}.safetensors" for index in range(num_stages)]
 
 
 def _write_shard(stage: Stage, path: Path) -> None:

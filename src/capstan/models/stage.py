@@ -20,6 +20,8 @@ class StageCut:
     names in the model's state; `num_parameters` are their elements, `stored_bytes` what is read of the
     checkpoint, `flops_per_token` the arithmetic of forward apart from attention. Of a tied model, `table` is
     the first stage's name of the embedding, and `table_copy` the last one's of the output matrix, its equal.
+    Of every model, `table_shape` is (token ids, width) of the embedding, `hidden_size` the width of what
+    passes between stages, and `max_positions` how many tokens a sample may have, None for any number.
     """
 
     index: int
@@ -32,6 +34,9 @@ class StageCut:
     flops_per_token: float
     table: str | None
     table_copy: str | None
+    table_shape: tuple[int, int]
+    hidden_size: int
+    max_positions: int | None
 
     @property
     def is_first(self) -> bool:

@@ -139,6 +139,9 @@ def _stage_cut(opened: _Opened, index: int, num_stages: int, first: int, end: in
         flops_per_token=flops,
         table=meta.table if meta.is_tied and index == 0 else None,
         table_copy=meta.head_parameter if meta.is_tied and index == num_stages - 1 else None,
+        table_shape=(meta.state[meta.table].shape[0], meta.embedding_width),
+        hidden_size=meta.hidden_size,
+        max_positions=meta.max_positions,
     )
     stored = _stored_names(meta, cut)
     pieces = [opened.checkpoint.tensors[piece.source] for name in stored for piece in opened.sources[name]]

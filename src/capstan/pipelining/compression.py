@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from capstan.codecs import Codec, codec_from_name
+from capstan.codecs.bits import WIDTHS
 from capstan.errors import UsageError
+from capstan.pipelining.midrise import MidRise
 
 GROUP_SIZE = 64
 
@@ -36,19 +38,27 @@ class Compression:
         backward_bits: int | None,
         group_size: int = GROUP_SIZE,
         symmetric: bool = False,
+        midrise: bool = False,
         stochastic: bool = False,
         changes: bool = True,
     ) -> Self:
         """Groups of so many bits a value each way; `symmetric` grids are exact at 0 and have one level less,
-        `stochastic` rounding has no bias.
+        `midrise` grids are symmetric without 0 and have all levels and one number a group less, `stochastic`
+        rounding has no bias.
 
         Raises:
-            UsageError: there is no codec of so many bits.
+            UsageError: there is no codec of so many bits, or both grids are asked for.
         """
+        if symmetric and midrise:
+            raise UsageError("A grid is symmetric with a level at 0, or midrise without. Choose one.")
+
+        def codec(way: str, num_bits: int | None) -> Codec | None:
+            if num_bits is not None and midrise and num_bits in WIDTHS:
+                return MidRise(num_bits=num_bits, group_size=group_size, is_stochastic=stochastic)
+            return _codec(way, num_bits, group_size, symmetric, stochastic)
+
         return cls(
-            forward=_codec("forward", forward_bits, group_size, symmetric, stochastic),
-            backward=_codec("backward", backward_bits, group_size, symmetric, stochastic),
-            changes=changes,
+            forward=codec("forward", forward_bits), backward=codec("backward", backward_bits), changes=changes
         )
 
     @property

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from capstan.errors import InputError, UsageError, unknown_name
-from capstan.models import Stage
+from capstan.errors import InputError, UnsupportedModel, UsageError, unknown_name
+from capstan.models import Stage, StageCut
 from capstan.pipelining.boundary import BoundaryEnd
 from capstan.pipelining.compression import Compression
 from capstan.pipelining.cutting import ChainShapes, StageShapes, cut
+from capstan.pipelining.dropout import dropout_rates
 from capstan.pipelining.tied import gradients_summed
 from capstan.pipelining.traffic import micro_batches
 from capstan.transport import Group, Ledger
@@ -227,6 +228,9 @@ class Pipeline:
     def _checked_ids(
         self, inputs: Tensor, targets: Tensor, sample_ids: Sequence[int] | Tensor | None
     ) -> list[int]:
+        self._refuse_other_precision()
+        if isinstance(self.module, Stage):
+            _check_tokens(inputs, self.module.cut)
         if len(inputs) != len(targets) or len(inputs) == 0:
             raise InputError(f"A batch has a target for each sample, found {len(targets)} for {len(inputs)}.")
         if sample_ids is None:
@@ -240,6 +244,19 @@ class Pipeline:
         if len(ids) != len(inputs):
             raise InputError(f"There are {len(inputs)} samples and {len(ids)} sample ids. Give one for each.")
         return ids
+
+    def _refuse_other_precision(self) -> None:
+        """What would train something else, in silence or with an error that names nothing."""
+        if torch.is_autocast_enabled(self._device.type):
+            raise UsageError(
+                "A pipeline is not run under autocast: what passes between stages would have another dtype "
+                "than was agreed. Leave autocast off."
+            )
+        if any(getattr(each, "gradient_checkpointing", False) for each in self.module.modules()):
+            raise UnsupportedModel(
+                "transformers' gradient checkpointing would compute a stage again without what came into it. "
+                "Call the model's gradient_checkpointing_disable()."
+            )
 
     # --- what boundaries hold ----------------------------------------------------------------------------
 
@@ -275,11 +292,31 @@ class Pipeline:
                 end.load_state_dict(state[name])
 
 
+def _check_tokens(inputs: Tensor, cut: StageCut) -> None:
+    """On every rank alike, so that none waits for one that has stopped."""
+    if inputs.dim() != 2 or inputs.dtype not in (torch.int64, torch.int32):
+        raise InputError(
+            f"A language model takes token ids [samples, tokens], found {inputs.dtype} of shape "
+            f"{list(inputs.shape)}."
+        )
+    if cut.max_positions is not None and inputs.shape[1] > cut.max_positions:
+        raise InputError(
+            f"The model has positions for {cut.max_positions} tokens, found {inputs.shape[1]}. Give shorter "
+            "samples."
+        )
+    outside = inputs[(inputs < 0) | (inputs >= cut.table_shape[0])]
+    if len(outside):
+        raise InputError(
+            f"{int(outside[0])} is no token of the model, whose ids are 0 to {cut.table_shape[0] - 1}. Use "
+            "the model's own tokenizer."
+        )
+
+
 def _warn_of_dropout(model: nn.Module, compression: Compression) -> None:
-    is_random = any(isinstance(each, nn.Dropout) and each.p > 0 for each in model.modules())
-    if is_random and compression.sends_changes:
+    rates = dropout_rates(model) if compression.sends_changes else {}
+    if rates:
         warnings.warn(
-            "Dropout makes a sample's activations differ at every visit, so that their changes never become "
-            "small. Set its p to 0, or send activations directly (changes=False).",
+            f"Dropout ({', '.join(rates)}) makes a sample's activations differ at every visit, so that their "
+            "changes never become small. Set its p to 0, or send activations directly (changes=False).",
             stacklevel=3,
         )

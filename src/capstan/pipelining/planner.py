@@ -3,15 +3,15 @@
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 
 import torch
+from torch import nn
 
 from capstan.pipelining.cutting import ChainShapes, cut
-from capstan.pipelining.decoder import token_loss
 from capstan.pipelining.settings import Settings
-from capstan.pipelining.traffic import batch_traffic, micro_batches
+from capstan.pipelining.traffic import TIED, batch_traffic, micro_batches
 from capstan.plans import Alternative, Choice, Phase, Plan, Traffic, bytes_text, rank_link
 
 FIRST, LATER = "first epoch", "later epochs"
@@ -41,7 +41,8 @@ def step_seconds(
         1F1B   (m + S - 1) max(t_f + t_b, c_f / b, c_b / b) + 2 (S - 1) (a + (c_f + c_b) / 2 b)
 
     with backward twice the compute of forward. 1F1B's needs enough micro-batches in flight to cover the
-    latency; torch's schedule keeps S - i of them in stage i, so over long links it takes longer.
+    latency; torch's schedule keeps S - i of them in stage i, so over long links it takes longer. Gradients of
+    a tied embedding come after it, and are not in it.
     """
     slots, hops = num_micro_batches + num_stages - 1, 2 * (num_stages - 1)
     forward_s, backward_s = (each / links.bandwidth_bytes_per_s for each in (forward_bytes, backward_bytes))
@@ -53,22 +54,41 @@ def step_seconds(
 
 
 def measured_compute_s(settings: Settings) -> float:
-    """Forward and backward of one micro-batch in one of equal stages: the second of two tries."""
-    model, size = settings.model(), max(1, settings.batch // settings.micro_batches)
-    tokens = torch.zeros(size, settings.sequence, dtype=torch.long)
+    """Forward and backward of one micro-batch in one stage, the second of two tries: of the decoder its
+    share, of a model in a folder the stage with most arithmetic, whose weights are read for it."""
+    size = max(1, settings.batch // settings.micro_batches)
+    values = torch.zeros(size, settings.sequence, dtype=torch.long)
+    if settings.model is None:
+        return _second_try_s(settings.decoder(), values) / settings.stages
+    slowest = max(settings.cuts, key=lambda cut: cut.flops_per_token)
+    if not slowest.is_first:
+        values = torch.zeros(*values.shape, slowest.hidden_size)
+    return _second_try_s(settings.stage(slowest.index), values)
+
+
+def _second_try_s(module: nn.Module, values: torch.Tensor) -> float:
     seconds = 0.0
     for _ in range(2):
         start_s = time.perf_counter()
-        token_loss(model(tokens), tokens).backward()
+        module(values).logsumexp(-1).sum().backward()
         seconds = time.perf_counter() - start_s
-    return seconds / settings.stages
+    return seconds
 
 
 def boundary_rows(settings: Settings) -> list[tuple[int, ...]]:
     """The shape of one sample's activations at each boundary."""
-    stages = cut(settings.model(), settings.stages)
+    if settings.model is not None:
+        return [(settings.sequence, settings.cuts[0].hidden_size)] * (settings.stages - 1)
+    stages = cut(settings.decoder(), settings.stages)
     outputs = ChainShapes(stages).outputs(torch.zeros(1, settings.sequence, dtype=torch.long))
     return [tuple(each.shape[1:]) for each in outputs[:-1]]
+
+
+def tied_bytes(settings: Settings) -> int:
+    """What the first and the last stage of a tied model send each other in a step; 0 for others."""
+    if settings.model is None or settings.cuts[0].table is None:
+        return 0
+    return prod(settings.cuts[0].table_shape) * torch.float32.itemsize
 
 
 def epoch_traffic(
@@ -83,6 +103,7 @@ def epoch_traffic(
             num_new=size if is_first else 0,
             num_known=0 if is_first else size,
             num_micro_batches=settings.micro_batches,
+            tied_bytes=tied_bytes(settings),
         )
         for size in sizes
         if size
@@ -117,7 +138,8 @@ def _plan(
         count = settings.epochs - 1
         phases.append(_phase(LATER, settings, count * later, count, num_samples, links, schedule))
     held = num_samples * sum(prod(row) for row in rows[:1]) * 4 if settings.compression.sends_changes else 0
-    full = 2 * num_samples * sum(prod(row) for row in rows) * 4
+    in_full = replace(settings, forward_bits=None, backward_bits=None)
+    full = sum(epoch_traffic(in_full, rows, num_samples, is_first=False).size_bytes.values())
     sent = sum(later.size_bytes.values())
     crossing_s = max((phases[-1].busy_s[link] for link in later.links), default=0.0)
     is_bound_by_links = crossing_s > phases[-1].busy_s["compute"]
@@ -158,10 +180,12 @@ def _phase(
         schedule or settings.schedule,
         num_stages=settings.stages,
         num_micro_batches=parts,
-        forward_bytes=traffic.on(rank_link(0, 1)) / (steps * parts),
-        backward_bytes=traffic.on(rank_link(1, 0)) / (steps * parts),
+        forward_bytes=traffic.size_bytes[rank_link(0, 1), "activations"] / (steps * parts),
+        backward_bytes=traffic.size_bytes[rank_link(1, 0), "gradients"] / (steps * parts),
         links=links,
     )
+    if tied := traffic.size_bytes.get((rank_link(0, settings.stages - 1), TIED)):
+        seconds += tied / steps / links.bandwidth_bytes_per_s + links.latency_s
     busy_s = {link: traffic.on(link) / links.bandwidth_bytes_per_s for link in traffic.links}
     return Phase(
         name=name,

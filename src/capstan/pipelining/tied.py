@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from capstan.pipelining.traffic import TIED
 from capstan.plans import rank_link
 from capstan.transport import Group, Ledger
 from capstan.transport.group import Parcel
@@ -26,5 +27,5 @@ def gradients_summed(weight: nn.Parameter | None, group: Group, ledger: Ledger) 
     other, peer = torch.empty_like(own), 0 if group.is_last else group.size - 1
     for transfer in group.exchange([Parcel(peer, own)], [Parcel(peer, other)], number=_NUMBER, about=_ABOUT):
         transfer.wait()
-    ledger.count(rank_link(group.rank, peer), "tied gradients", own.nbytes)
+    ledger.count(rank_link(group.rank, peer), TIED, own.nbytes)
     weight.grad = own + other

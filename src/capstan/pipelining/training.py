@@ -3,9 +3,13 @@
 python -m torch.distributed.run --nproc-per-node=4 -m capstan.pipelining.training '{"settings": …}'
 """
 
+import ctypes
 import json
+import os
+import pickle
 import platform
 import re
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -18,6 +22,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from capstan.errors import CapstanError, InputError
+from capstan.models import Stage, save_stage
 from capstan.pipelining.decoder import token_loss
 from capstan.pipelining.pipeline import Pipeline
 from capstan.pipelining.planner import FIRST, LATER
@@ -25,18 +30,22 @@ from capstan.pipelining.settings import Settings
 from capstan.plans import Phase, Trace, Traffic
 from capstan.storage import open_atomically, write_atomically
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _NAME = re.compile(r"epoch-(\d{6})\.stage-(\d+)-of-(\d+)\.pt")
 
 
-def train(settings: Settings, folder: Path | None = None) -> dict[str, Any]:
+def train(settings: Settings, folder: Path | None = None, output: Path | None = None) -> dict[str, Any]:
     """Train this rank's stage, from the last checkpoint in `folder` if there is one.
+
+    Args:
+        output: where a model that was read from a folder is written, in Hugging Face format.
 
     Returns:
         `loss`, `held_out_loss` and `wire_bytes` for each epoch, and a `trace`; the same on every rank.
     """
     samples, held_out = settings.samples()
     pipeline = Pipeline(
-        settings.model(),
+        settings.stage(dist.get_rank()),
         token_loss,
         num_micro_batches=settings.micro_batches,
         schedule=settings.schedule,
@@ -53,6 +62,11 @@ def train(settings: Settings, folder: Path | None = None) -> dict[str, Any]:
     for epoch in range(start, settings.epochs):
         phase, loss = _epoch(pipeline, optimizer, settings, samples, epoch)
         phases.append(phase)
+        if (broken := pipeline.repair()) and pipeline.group.is_first:
+            print(
+                f"epoch {epoch + 1}: the ends of boundaries {broken} differed, and forgot what they held",
+                file=sys.stderr,
+            )
         told["loss"].append(loss)
         told["held_out_loss"].append(_held_out_loss(pipeline, held_out, settings.batch))
         told["wire_bytes"].append(sum(phase.traffic.size_bytes.values()))
@@ -64,6 +78,10 @@ def train(settings: Settings, folder: Path | None = None) -> dict[str, Any]:
                 f"{told['wire_bytes'][-1]:,} bytes",
                 file=sys.stderr,
             )
+    if output is not None and settings.model is not None:
+        assert isinstance(pipeline.module, Stage)
+        save_stage(pipeline.module, settings.cuts, Path(settings.model), output)
+    pipeline.group.gather(None)  # nobody ends before all have written
     return told | {"trace": _trace(settings, phases, len(samples), start).to_dict()}
 
 
@@ -149,9 +167,25 @@ def save(
         "pipeline": pipeline.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    with open_atomically(folder / f"epoch-{epoch:06d}.stage-{rank}-of-{size}.pt") as file:
+    with open_atomically(_path(folder, epoch, rank, size)) as file:
         torch.save(record, file)
-    (folder / f"epoch-{epoch - 2:06d}.stage-{rank}-of-{size}.pt").unlink(missing_ok=True)
+    _path(folder, epoch - 2, rank, size).unlink(missing_ok=True)
+
+
+def check_folder(folder: Path, settings: Settings) -> None:
+    """What `load_latest` would refuse, known before ranks are started.
+
+    Raises:
+        InputError: the checkpoints in `folder` are of other settings.
+    """
+    found = _found(folder)
+    own = [epoch for epoch, _, stages in found if stages == settings.stages]
+    if found and not own:
+        _refuse_number(folder, found, settings.stages)
+    for epoch, stage, stages in found:
+        if own and (epoch, stages) == (max(own), settings.stages):
+            path = _path(folder, epoch, stage, stages)
+            settings.check_same(_loaded(path)["settings"], path)
 
 
 def load_latest(
@@ -163,40 +197,78 @@ def load_latest(
         InputError: it was trained with other settings.
     """
     rank, size = pipeline.group.rank, pipeline.group.size
-    names = [_NAME.fullmatch(path.name) for path in folder.glob("epoch-*.pt")]
-    found = [tuple(map(int, name.groups())) for name in names if name]
+    found = _found(folder)
     own = [epoch for epoch, stage, stages in found if (stage, stages) == (rank, size)]
     common = set.intersection(*(set(each) for each in pipeline.group.gather(own)))
     if not common:
-        if others := sorted({stages for _, _, stages in found} - {size}):
-            raise InputError(
-                f"{folder} has checkpoints of {others[0]} stages; these are {size}. Use as many, or another "
-                "folder to begin anew."
-            )
+        if {stages for _, _, stages in found} - {size}:
+            _refuse_number(folder, found, size)
         return 0, {}
-    path = folder / f"epoch-{max(common):06d}.stage-{rank}-of-{size}.pt"
-    record = torch.load(path, weights_only=True)
+    path = _path(folder, max(common), rank, size)
+    record = _loaded(path)
     settings.check_same(record["settings"], path)
     pipeline.load_state_dict(record["pipeline"])
     optimizer.load_state_dict(record["optimizer"])
     return max(common), record["told"]
 
 
-def main(arguments: list[str]) -> int:
-    """Run as one rank that torchrun has started; rank 0 writes what it measured to the file `out`."""
-    told = json.loads(arguments[0])
-    settings = Settings(**told["settings"])
+def _path(folder: Path, epoch: int, rank: int, size: int) -> Path:
+    return folder / f"epoch-{epoch:06d}.stage-{rank}-of-{size}.pt"
+
+
+def _found(folder: Path) -> list[tuple[int, int, int]]:
+    """Epoch, stage and number of stages of each file."""
+    names = [_NAME.fullmatch(path.name) for path in folder.glob("epoch-*.pt")]
+    return [(int(name[1]), int(name[2]), int(name[3])) for name in names if name]
+
+
+def _refuse_number(folder: Path, found: list[tuple[int, int, int]], size: int) -> None:
+    other = min(stages for _, _, stages in found if stages != size)
+    raise InputError(
+        f"{folder} has checkpoints of {other} stages; these are {size}. Use as many, or another folder to "
+        "begin anew."
+    )
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = torch.load(path, weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is no checkpoint that can be read. Remove it to begin anew.") from error
+    return record
+
+
+# --- a process a rank ------------------------------------------------------------------------------------
+
+
+def run_rank(settings: Settings, checkpoint: Path | None, output: Path | None) -> dict[str, Any]:
+    """Train as one of torchrun's ranks: what `train` returns."""
     torch.set_num_threads(1)  # stages share the machine's cores
     dist.init_process_group("gloo", timeout=timedelta(seconds=settings.patience_s))
-    try:
-        found = train(settings, Path(told["checkpoint"]) if told["checkpoint"] else None)
-    except CapstanError as error:
-        print(f"error: rank {dist.get_rank()}: {error}", file=sys.stderr)
-        return error.exit_code
-    if dist.get_rank() == 0:
-        write_atomically(Path(told["out"]), json.dumps(found).encode())
-    dist.barrier()
+    found = train(settings, checkpoint, output)
     dist.destroy_process_group()
+    return found
+
+
+def end_with_parent() -> None:
+    """The kernel kills this process when the one that started it ends, however it does: ranks of a run that
+    was killed must not go on writing beside those of the next. Only on Linux; elsewhere nothing happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(arguments: list[str]) -> int:
+    """Run as one rank that torchrun has started; rank 0 writes what it measured to the file `out`."""
+    end_with_parent()
+    told = json.loads(arguments[0])
+    paths = {name: Path(told[name]) if told[name] else None for name in ("checkpoint", "output")}
+    try:
+        found = run_rank(Settings(**told["settings"]), **paths)
+    except CapstanError as error:
+        print(f"error: rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
+        return error.exit_code
+    if os.environ.get("RANK") == "0":
+        write_atomically(Path(told["out"]), json.dumps(found).encode())
     return 0
 
 
