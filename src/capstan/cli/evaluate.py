@@ -234,7 +234,7 @@ def _run_until(
         evaluated: Evaluated = evaluator.run(asked, scenario=scenario, on_answered=on_answered)
         if width is None or count is None:
             return evaluated
-        found = interval_of(evaluated.measurement, scenario.main_metric)
+        found = interval_of(evaluated.measurement, evaluated.main_metric)
         known = found is not None and found.half_width <= width
         num_asked = len({state.instance.id for state in evaluated.states})
         if known or (most is not None and count >= most) or num_asked < count:

@@ -15,21 +15,20 @@ from capstan.errors import InputError, unknown_name
 from capstan.evaluation.adapters import RequestState
 from capstan.evaluation.metrics.aggregation import Answered, InstanceStats, Measurement, by_instance
 from capstan.evaluation.metrics.calibration import calibration_stats
-from capstan.evaluation.metrics.code import code_stats
+from capstan.evaluation.metrics.code import CODE_MEASURES, code_stats
 from capstan.evaluation.metrics.efficiency import efficiency_stats
 from capstan.evaluation.metrics.stat import Context, Stat, StatName, merge_into, merged, stat
 from capstan.evaluation.metrics.text_match import MEASURES
 from capstan.evaluation.models import Completion, Token
 
 _REASONS = ("length", "stop", "endoftext", "unknown")
-_CODE = ("code_eval_acc", "pass")
 
 
 def generation_metric(run: Answered, *, names: Sequence[str] = ()) -> Measurement:
     """Of each answer: how well it matches by the measures named, its probability, its cost."""
-    unknown = [name for name in names if name not in MEASURES and name not in _CODE]
+    unknown = [name for name in names if name not in MEASURES and name not in CODE_MEASURES]
     if unknown:
-        raise unknown_name("measure of an answer", unknown[0], [*MEASURES, *_CODE])
+        raise unknown_name("measure of an answer", unknown[0], [*MEASURES, *CODE_MEASURES])
 
     def measure(run: Answered, states: Sequence[RequestState]) -> list[Stat]:
         state = states[0]
@@ -151,8 +150,10 @@ def reference_stats(run: Answered, state: RequestState, names: Sequence[str]) ->
     best = likeliest_first(state.result.completions)[0]
     stats = [stat("max_prob", float(np.exp(best.logprob)))]
     for name in names:
-        if name in _CODE:
-            stats += code_stats(name, run, golds, answers)
+        if name in CODE_MEASURES:
+            # As they were written: a program's first line needs its indentation.
+            written = [each.text for each in likeliest_first(state.result.completions)]
+            stats += code_stats(name, run, golds, written)
             continue
         measure = MEASURES[name]
         scores = [

@@ -1,15 +1,12 @@
-"""Programs: pass@k, and running them apart with limits, only where that was asked for.
+"""Functions to complete (HumanEval): pass@k, only where running programs was allowed.
 
     pass@k = 1 - prod over i = n-c+1 .. n of (1 - k / i)
 
-Source: Chen et al. 2021 (arXiv 2107.03374), section 2.1. Running what a model wrote is dangerous: it happens
-in another process with limits on time and memory, which is no wall against ill will, and only with
-`--allow-code-execution`. Without it these metrics are not there at all; they are not 0.
+Source: Chen et al. 2021 (arXiv 2107.03374), section 2.1. Without `--allow-code-execution` these metrics are
+not there at all; they are not 0.
 """
 
-import subprocess
-import sys
-import tempfile
+import ast
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,15 +14,11 @@ import numpy as np
 
 from capstan.evaluation.instances import Reference
 from capstan.evaluation.metrics.aggregation import Answered
+from capstan.evaluation.metrics.programs import printed_by
 from capstan.evaluation.metrics.stat import Stat, stat
 
-_TIME_LIMIT_S = 3.0
-_MEMORY_LIMIT_BYTES = 2 << 30
-_LIMITS = (
-    "import resource as r;"
-    f"r.setrlimit(r.RLIMIT_AS,({_MEMORY_LIMIT_BYTES},)*2);"
-    "r.setrlimit(r.RLIMIT_CPU,(4,4));r.setrlimit(r.RLIMIT_FSIZE,(0,0));r.setrlimit(r.RLIMIT_NPROC,(0,0))\n"
-)
+CODE_MEASURES = ("code_eval_acc", "pass")
+_INDENTATION = "    "
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -35,13 +28,11 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
 
 
-def code_stats(
-    name: str, run: Answered, golds: Sequence[Reference], answers: Sequence[str | None]
-) -> list[Stat]:
+def code_stats(name: str, run: Answered, golds: Sequence[Reference], answers: Sequence[str]) -> list[Stat]:
     """Whether programs pass their tests; nothing unless running them was allowed."""
     if not run.resources.get("allow_code_execution"):
         return []
-    passed = [[float(passes(gold.test_cases or {}, answer or "")) for answer in answers] for gold in golds]
+    passed = [[float(passes(gold.test_cases or {}, answer)) for answer in answers] for gold in golds]
     flat = [each for row in passed for each in row]
     if name == "pass":
         count = int(sum(flat))
@@ -55,39 +46,43 @@ def code_stats(
 
 def passes(case: Mapping[str, Any], answer: str) -> bool:
     """Whether a HumanEval problem, completed with `answer`, passes its tests within three seconds."""
-    program = (
-        f"{case.get('prompt', '')}{answer}\n{case.get('test', '')}\ncheck({case.get('entry_point', '')})\n"
-    )
-    return runs(program) is not None
+    prompt = str(case.get("prompt", ""))
+    end = f"\n{case.get('test', '')}\ncheck({case.get('entry_point', '')})\n"
+    return printed_by(completed(prompt, answer) + end) is not None
 
 
-def runs(program: str, *, given: str = "") -> str | None:
-    """What a program prints, or None if it fails, takes too long or too much memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-c", _LIMITS + program],
-                input=given,
-                capture_output=True,
-                text=True,
-                timeout=_TIME_LIMIT_S,
-                cwd=folder,
-                env={"PATH": "/usr/bin:/bin"},
-                check=False,
-            )
-        except (subprocess.TimeoutExpired, UnicodeDecodeError, ValueError):
-            return None
-    return done.stdout if done.returncode == 0 else None
+def completed(prompt: str, answer: str) -> str:
+    """A program that begins inside a function, with the answer as the rest of that function.
+
+    An answer that fits as it is written stays so. Of any other the first line gets the function's
+    indentation, which models leave out or spell with a blank less.
+
+    Differs: HELM strips every answer and begins it with four blanks.
+    """
+    written = prompt + answer
+    if answer[:1].isspace() and _compiles(written):
+        return written
+    return prompt + _indentation_of(prompt) + answer.strip()
 
 
-def apps_stats(run: Answered, cases: Mapping[str, Any], answer: str) -> list[Stat]:
-    """APPS: the mean of tests passed, and whether all were; nothing unless running programs was allowed."""
-    pairs = list(zip(cases.get("inputs", ()), cases.get("outputs", ()), strict=False))
-    if not run.resources.get("allow_code_execution") or not pairs:
-        return []
-    right = [_same_output(runs(answer, given=str(given)), str(wanted)) for given, wanted in pairs]
-    return [stat("test_avg", sum(right) / len(right)), stat("strict_acc", float(all(right)))]
+def _compiles(program: str) -> bool:
+    try:
+        ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
-def _same_output(given: str | None, wanted: str) -> bool:
-    return given is not None and given.split() == wanted.split()
+def _indentation_of(prompt: str) -> str:
+    """The white space before a statement where a prompt ends: four blanks unless its docstring has other."""
+    try:
+        block: Any = ast.parse(prompt)
+    except (SyntaxError, ValueError):
+        return _INDENTATION
+    first = None
+    while isinstance(block, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and block.body:
+        first, block = block.body[0], block.body[-1]
+    if first is None or first.col_offset == 0:
+        return _INDENTATION
+    line = prompt.splitlines()[first.lineno - 1]
+    return line[: len(line) - len(line.lstrip())]
