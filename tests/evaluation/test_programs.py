@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from capstan.evaluation import AnswerStore, Completion, Evaluator, Result, Token, run_spec_of
-from capstan.evaluation.metrics.apps import apps_stats, is_same_output
-from capstan.evaluation.metrics.code import completed, passes
+from capstan.evaluation.metrics.code import apps_stats, completed, is_same_output, passes
 from capstan.evaluation.scenarios import scenario_of
 from capstan.evaluation.scenarios.code import reindented
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from capstan.errors import UsageError, unknown_name
 from capstan.evaluation.metrics.aggregation import Answered, InstanceStats, Measurement
-from capstan.evaluation.metrics.apps import APPS_MEASURES, apps_metric
+from capstan.evaluation.metrics.apps import apps_metric
 from capstan.evaluation.metrics.basic import (
     generation_metric,
     instances_metric,
@@ -20,7 +20,7 @@ from capstan.evaluation.metrics.bbq import bbq_metric
 from capstan.evaluation.metrics.bias import bias_metric
 from capstan.evaluation.metrics.choice import choice_metric
 from capstan.evaluation.metrics.classification import classification_metric
-from capstan.evaluation.metrics.code import CODE_MEASURES
+from capstan.evaluation.metrics.code import APPS_MEASURES, CODE_MEASURES
 from capstan.evaluation.metrics.copyright import copyright_metric
 from capstan.evaluation.metrics.disinformation import variety_metric
 from capstan.evaluation.metrics.ranking import ranking_metric

@@ -8,7 +8,7 @@ import sys
 
 from capstan.errors import unknown_name
 from capstan.evaluation.instances import CORRECT, TEST, TRAIN, Instance, Reference
-from capstan.evaluation.metrics.apps import APPS_MEASURES
+from capstan.evaluation.metrics.code import APPS_MEASURES
 from capstan.evaluation.scenarios import asking
 from capstan.evaluation.scenarios.scenario import DataFolder, Scenario, required
 from capstan.evaluation.specs import RunSpec, ScenarioSpec
