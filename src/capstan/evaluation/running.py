@@ -147,7 +147,8 @@ def _asked(states: Mapping[str, RequestState], model: LanguageModel) -> Iterator
     for kind, results in (("score", model.score(pairs)), ("rolling", model.score_rolling(texts))):
         if kinds[kind]:
             for index, scored, seconds in _timed(results):
-                yield kinds[kind][index][0], _as_result(scored, seconds)
+                key, state = kinds[kind][index]
+                yield key, _as_result(state.request.prompt, scored, seconds)
     requests = [
         replace(state.request, random=state.request.random or _seed(key)) for key, state in kinds["generate"]
     ]
@@ -177,8 +178,7 @@ def _timed(results: Iterator[tuple[int, Scored]]) -> Iterator[tuple[int, Scored,
         start_s = time.perf_counter()
 
 
-def _as_result(scored: Scored, seconds: float) -> Result:
-    text = "".join(token.text for token in scored.tokens)
+def _as_result(text: str, scored: Scored, seconds: float) -> Result:
     completion = Completion(text=text, tokens=scored.tokens, finish_reason="length")
     return Result(completions=(completion,), seconds=seconds)
 

@@ -7,7 +7,7 @@ and what HELM's `code_metrics_helper.py` takes for the same output. Without `--a
 metrics are not there at all; they are not 0.
 
 Differs: every case of APPS has a process and its time limit of its own, where HELM allows all cases eleven
-seconds; a program that reads and writes is the main one, so what stands under `if __name__ == "__main__"` runs.
+seconds; a program that reads and writes is the main one, as `if __name__ == "__main__"` may ask.
 """
 
 import ast
