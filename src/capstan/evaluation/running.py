@@ -230,7 +230,7 @@ class Evaluator:
             seconds=time.perf_counter() - start_s,
             num_asked=num_asked,
             num_known=len(states) - num_asked,
-            notes=_notes(prepared, states, self.resources),
+            notes=(*getattr(self.model, "notes", ()), *_notes(prepared, states, self.resources)),
             main_metric=main,
             main_split=scenario.main_split if scenario is not None else "",
             shown_metrics=tuple(shown),
