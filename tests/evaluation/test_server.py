@@ -1,4 +1,4 @@
-"""A model behind a server: its token, its context, what it scores and says, also where it shows tokens ill."""
+"""A model behind a server: its token, its context, what it scores and says, however it shows them."""
 
 import json
 import threading

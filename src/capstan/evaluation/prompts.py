@@ -76,8 +76,8 @@ class ModelRoom:
         keep = self._longest - num_new
         if keep < 1:
             raise InputError(
-                f"Answers of {num_new:,} tokens leave nothing of the model's {self._longest:,} for the prompt. "
-                "Ask for shorter ones (max_tokens=), or evaluate with a larger context."
+                f"Answers of {num_new:,} tokens leave nothing of the model's {self._longest:,} for the "
+                "prompt. Ask for shorter ones (max_tokens=), or evaluate with a larger context."
             )
         cut = self._model.decode(self._model.encode(text)[:keep])
         while cut and not self.fits(cut, num_new):

@@ -26,7 +26,7 @@ from capstan.evaluation.models import (
     Token,
     num_tokens_after,
 )
-from capstan.evaluation.token_texts import cut_at_ends, num_covering, tokens_within
+from capstan.evaluation.token_texts import cut_at_ends, num_covering, pieces_of, tokens_within
 
 _TIMEOUT_S, _TRIES, _CONCURRENT = 600.0, 3, 16
 _ASSUMED_LENGTH = 2048
@@ -176,19 +176,28 @@ class ServerModel:
                 f"{self._url} gave no log-probabilities of the prompt. It must know echo and logprobs in "
                 "/v1/completions to score choices and texts."
             )
-        texts = _cut(text, told, len(values))
+        texts = self._said(text, choice, len(values))
         # What the server puts before a text says nothing and has no probability.
         first = next((at for at, each in enumerate(texts) if each or values[at] is not None), 0)
         return tuple(
             Token(each, value or 0.0) for each, value in zip(texts[first:], values[first:], strict=True)
         )
 
-    def _prompt(self, text: str) -> str | list[int]:
-        """A text, or its tokens where a template has put the beginning there that the server would add again."""
+    def _said(self, text: str, choice: dict[str, Any], count: int) -> list[str]:
+        """What the tokens of an echoed text say: by the tokenizer at hand, else as the server shows them."""
+        if self._tokenizer is not None:
+            pieces = pieces_of(self._tokenizer, text, adds_special=not self._begins(text))
+            if len(pieces.ids) == count:
+                return pieces.texts
+        return _cut(text, choice["logprobs"], count)
+
+    def _begins(self, text: str) -> bool:
+        """Whether a text has the model's beginning already, which the server would add again."""
         begins = getattr(self._tokenizer, "bos_token", None)
-        if begins and text.startswith(begins):
-            return self.encode(text)
-        return text
+        return bool(begins) and text.startswith(begins)
+
+    def _prompt(self, text: str) -> str | list[int]:
+        return self.encode(text) if self._begins(text) else text
 
     def _generated(self, request: Request) -> Result:
         asked: dict[str, Any] = {
