@@ -2,18 +2,26 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from capstan.errors import InputError
 from capstan.evaluation.chat import templated
 from capstan.evaluation.models import Completion, Limits, Pair, Request, Result, Scored, Token
 from capstan.evaluation.shared_prefixes import groups_of
-from capstan.evaluation.transformers_model import (
+from capstan.evaluation.token_texts import (
+    GrowingText,
+    Pieces,
+    after_special,
     cut_at_stops,
+    pieces_of,
+    tokens_within,
+)
+from capstan.evaluation.transformers_model import (
     folder_identity,
     limits_of,
+    num_wanted,
     special_encoded,
+    wants_special,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +42,6 @@ class EngineModel:
         self._tokenizer = engine.model.tokenizer
         self.name = engine.model.folder.name
         self.limits: Limits = limits_of(engine.model.skeleton.config, self._tokenizer)
-        self._text = lru_cache(maxsize=200_000)(self._token_text)
 
     @property
     def identity(self) -> str:
@@ -56,9 +63,6 @@ class EngineModel:
     def chat_text(self, messages: Sequence[dict[str, str]], *, continues: bool = False) -> str:
         """Messages by the tokenizer's chat template."""
         return templated(self._tokenizer, messages, continues=continues)
-
-    def _token_text(self, token: int) -> str:
-        return self.decode([token])
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Result]]:
         """Continue prompts, those that begin alike in one job."""
@@ -82,53 +86,48 @@ class EngineModel:
             start_s = time.perf_counter()
             for done in self._engine.generate(asked):
                 index = int(done.id)
-                completions = tuple(self._completion(each, requests[index]) for each in done.answers)
+                completions = tuple(
+                    self._completion(each, prompts[index], requests[index]) for each in done.answers
+                )
                 seconds = time.perf_counter() - start_s
                 yield index, Result(completions=completions, seconds=seconds, batch_size=len(group))
 
-    def _completion(self, answer: "Answer", request: Request) -> Completion:
+    def _completion(self, answer: "Answer", prompt: Sequence[int], request: Request) -> Completion:
+        growing = GrowingText(self.decode, after_special(prompt, self._tokenizer.all_special_ids))
+        for token in answer.tokens:
+            growing.add(token)
         logprobs = [each.logprob for each in answer.logprobs or ()]
-        kept = zip(answer.tokens, logprobs, strict=False)
-        tokens = [Token(self._text(token), logprob) for token, logprob in kept]
-        stopped = cut_at_stops(answer.text, tokens, request.stop_sequences, answer.finish_reason)
-        if stopped.finish_reason != "stop":
-            return stopped
-        # The engine leaves the stop text out already; the tokens that spell it go here.
-        return _without_rest(stopped)
+        tokens = list(map(Token, growing.finished(), logprobs))
+        if answer.finish_reason == "stop":
+            # The engine leaves the stop text out already; the tokens that spell it go here.
+            tokens = list(tokens_within(answer.text, tokens))
+        return cut_at_stops(answer.text, tokens, request.stop_sequences, answer.finish_reason)
 
     def score(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Scored]]:
         """Score continuations in one pass over the weights."""
-        prompts = [self._whole(pair.context + pair.continuation) for pair in pairs]
+        wholes = [pair.context + pair.continuation for pair in pairs]
+        prefix = self.limits.prefix_token
+        prompts = [
+            pieces_of(self._tokenizer, text, adds_special=wants_special(text, prefix)) for text in wholes
+        ]
         for index, scored in self._scored(prompts):
-            pair = pairs[index]
-            own = len(self.encode(pair.context + pair.continuation))
-            count = min(len(self.encode(pair.continuation)), len(scored.tokens) - 1)
+            own = len(self.encode(wholes[index]))
+            count = num_wanted(prompts[index], self.encode, pairs[index])
             yield index, Scored(scored.tokens[len(scored.tokens) - own :], count)
 
     def score_rolling(self, texts: Sequence[str]) -> Iterator[tuple[int, Scored]]:
         """Score every token of texts in one pass over the weights."""
-        yield from self._scored([self.encode(text) for text in texts])
+        yield from self._scored([pieces_of(self._tokenizer, text, adds_special=False) for text in texts])
 
-    def _scored(self, prompts: Sequence[list[int]]) -> Iterator[tuple[int, Scored]]:
+    def _scored(self, prompts: Sequence[Pieces]) -> Iterator[tuple[int, Scored]]:
         if not prompts:
             return
-        long = [at for at, prompt in enumerate(prompts) if len(prompt) > 1]
-        found = dict(zip(long, self._engine.score([prompts[at] for at in long]), strict=True)) if long else {}
+        long = [at for at, prompt in enumerate(prompts) if len(prompt.ids) > 1]
+        asked = [prompts[at].ids for at in long]
+        found = dict(zip(long, self._engine.score(asked), strict=True)) if long else {}
         for at, prompt in enumerate(prompts):
-            logprobs = [0.0, *found[at].logprobs] if at in found else [0.0] * len(prompt)
-            tokens = tuple(Token(self._text(t), v) for t, v in zip(prompt, logprobs, strict=True))
-            yield at, Scored(tokens, max(0, len(tokens) - 1))
-
-
-def _without_rest(completion: Completion) -> Completion:
-    kept: list[Token] = []
-    length = 0
-    for token in completion.tokens:
-        if length >= len(completion.text):
-            break
-        kept.append(token)
-        length += len(token.text)
-    return Completion(text=completion.text, tokens=tuple(kept), finish_reason=completion.finish_reason)
+            logprobs = [0.0, *found[at].logprobs] if at in found else [0.0] * len(prompt.ids)
+            yield at, Scored(tuple(map(Token, prompt.texts, logprobs)), max(0, len(prompt.ids) - 1))
 
 
 def _jobs(prompts: Sequence[list[int]]) -> list[tuple[int, ...]]:

@@ -74,6 +74,12 @@ def run(
     backend: BackendOption = "engine",
     url: Annotated[str | None, typer.Option(help="A server's address, as http://127.0.0.1:8000/v1.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="The server model's tokenizer folder.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="The server's token; better in the environment, as CAPSTAN_TOKEN.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="The server's context in tokens, where it does not say.")
+    ] = None,
     weight_bits: Annotated[int | None, typer.Option(help="16, 8 or 4 bits for weights.")] = None,
     cache_bits: Annotated[int | None, typer.Option(help="16, 8 or 4 bits for keys and values.")] = None,
     device: Annotated[str, typer.Option(help="cuda, cpu or auto.")] = "auto",
@@ -126,7 +132,8 @@ def run(
     width = _until(until)
     memory = {"device": device, "device_memory": device_memory, "host_memory": host_memory, "disk": disk}
     bits = {"weight_bits": weight_bits, "cache_bits": cache_bits}
-    with opened_model(model, backend, url=url, tokenizer=tokenizer, **memory, **bits) as opened:
+    server = {"url": url, "tokenizer": tokenizer, "api_key": api_key, "max_length": max_length}
+    with opened_model(model, backend, **server, **memory, **bits) as opened:
         if explain:
             asked = [
                 asked_by(prepare(spec, opened, root=data_root, scenario=own, uses_hub=hub), opened)
@@ -234,7 +241,7 @@ def _run_until(
         evaluated: Evaluated = evaluator.run(asked, scenario=scenario, on_answered=on_answered)
         if width is None or count is None:
             return evaluated
-        found = interval_of(evaluated.measurement, scenario.main_metric)
+        found = interval_of(evaluated.measurement, evaluated.main_metric)
         known = found is not None and found.half_width <= width
         num_asked = len({state.instance.id for state in evaluated.states})
         if known or (most is not None and count >= most) or num_asked < count:

@@ -1,5 +1,6 @@
 """Which model an evaluation asks: the engine's, transformers' or a server's, and what each can be told."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,11 @@ from capstan.errors import UsageError
 if TYPE_CHECKING:
     from capstan.evaluation import LanguageModel
 
+_TOKEN_VARIABLE = "CAPSTAN_TOKEN"  # which capstan serve takes, too
 _OF_BACKEND = {
     "engine": ("device", "device_memory", "host_memory", "disk", "weight_bits", "cache_bits"),
     "transformers": ("device",),
-    "server": ("url", "tokenizer"),
+    "server": ("url", "tokenizer", "api_key", "max_length"),
 }
 
 
@@ -38,7 +40,13 @@ def opened_model(model: str, backend: str, **how: Any) -> Iterator["LanguageMode
 
         if not how["url"]:
             raise UsageError("A server needs its address: --url http://127.0.0.1:8000/v1")
-        yield ServerModel(how["url"], model, tokenizer=how["tokenizer"])
+        yield ServerModel(
+            how["url"],
+            model,
+            tokenizer=how["tokenizer"],
+            token=how["api_key"] or os.environ.get(_TOKEN_VARIABLE),
+            max_length=how["max_length"],
+        )
         return
     from capstan.cli.generate import quieten_transformers
 

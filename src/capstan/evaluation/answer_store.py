@@ -32,7 +32,7 @@ def request_key(identity: str, request: Request) -> str:
         "echo": request.echo,
         "continuation": request.continuation,
         "random": request.random,
-    }
+    } | ({"messages": request.messages} if request.messages else {})
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

@@ -80,5 +80,7 @@ def in_chat(state: RequestState, model: LanguageModel, chat: Chat) -> RequestSta
         length = len(request.prompt) - len(request.continuation.lstrip())
     told, answer = request.prompt[:length], request.prompt[length:]
     messages = [*opening(chat), Message("user", told)]
+    if not request.is_scored and getattr(model, "has_chat_route", False):
+        return replace(state, request=replace(request, messages=tuple(map(tuple, messages))))
     prompt = chat_text(model, messages) + answer.lstrip()
     return replace(state, request=replace(request, prompt=prompt, continuation=answer.lstrip()))

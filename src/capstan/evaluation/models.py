@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 class Request:
     """What is asked: a prompt to continue, or, where `echo` is set with `max_tokens` 0, to be scored.
 
-    `continuation` is the end of the prompt whose probability is wanted; empty: that of all of it.
+    `continuation` is the end of the prompt whose probability is wanted; empty: that of all of it. `messages`,
+    of a role and what it says, stand for the prompt where a server writes the chat template.
     """
 
     prompt: str
@@ -26,6 +27,7 @@ class Request:
     echo: bool = False
     continuation: str = ""
     random: str | None = None
+    messages: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_scored(self) -> bool:
@@ -50,6 +52,8 @@ class Request:
             "frequency_penalty": 0,
         }
         own |= {"continuation": self.continuation} if self.continuation else {}
+        if self.messages:
+            own["messages"] = [{"role": role, "content": content} for role, content in self.messages]
         return own | ({"random": self.random} if self.random is not None else {})
 
 

@@ -135,6 +135,7 @@ def report_of(evaluated: Evaluated) -> dict[str, Any]:
         "seconds": evaluated.seconds,
         "num_requests": len(evaluated.states),
         "num_asked": evaluated.num_asked,
+        "num_prompts_cut": sum(state.prompt_truncated for state in evaluated.states),
         "notes": list(evaluated.notes),
         "intervals": {name: each.to_dict() for name, each in intervals.items() if each is not None},
     }
@@ -279,6 +280,7 @@ def _state(told: dict[str, Any]) -> RequestState:
             echo=request["echo_prompt"],
             continuation=request.get("continuation", ""),
             random=request.get("random"),
+            messages=tuple((each["role"], each["content"]) for each in request.get("messages") or ()),
         ),
         train_trial=told["train_trial_index"],
         reference_index=told.get("reference_index"),

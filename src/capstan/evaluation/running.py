@@ -18,7 +18,7 @@ from capstan.evaluation.adapters import RequestState, adapt
 from capstan.evaluation.answer_store import AnswerStore, request_key
 from capstan.evaluation.chat import in_chat, num_chat_tokens
 from capstan.evaluation.instances import EVAL_SPLITS, TRAIN, Instance
-from capstan.evaluation.metrics import Answered, Measurement, measure_run
+from capstan.evaluation.metrics import PROGRAM_MEASURES, Answered, Measurement, measure_run
 from capstan.evaluation.models import Completion, LanguageModel, Pair, Result, Scored
 from capstan.evaluation.perturbations import WordFiles, augmented
 from capstan.evaluation.scenarios import Scenario, load_instances
@@ -147,7 +147,8 @@ def _asked(states: Mapping[str, RequestState], model: LanguageModel) -> Iterator
     for kind, results in (("score", model.score(pairs)), ("rolling", model.score_rolling(texts))):
         if kinds[kind]:
             for index, scored, seconds in _timed(results):
-                yield kinds[kind][index][0], _as_result(scored, seconds)
+                key, state = kinds[kind][index]
+                yield key, _as_result(state.request.prompt, scored, seconds)
     requests = [
         replace(state.request, random=state.request.random or _seed(key)) for key, state in kinds["generate"]
     ]
@@ -177,8 +178,7 @@ def _timed(results: Iterator[tuple[int, Scored]]) -> Iterator[tuple[int, Scored,
         start_s = time.perf_counter()
 
 
-def _as_result(scored: Scored, seconds: float) -> Result:
-    text = "".join(token.text for token in scored.tokens)
+def _as_result(text: str, scored: Scored, seconds: float) -> Result:
     completion = Completion(text=text, tokens=scored.tokens, finish_reason="length")
     return Result(completions=(completion,), seconds=seconds)
 
@@ -221,19 +221,29 @@ class Evaluator:
         num_before = len(self.store)
         states = answer(prepared.states, self.model, self.store, on_answered=on_answered)
         num_asked = len(self.store) - num_before
+        measurement = measure(prepared.spec, states, self.model, self.resources)
+        main, *shown = _shown(scenario, measurement) if scenario is not None else [""]
         return Evaluated(
             spec=prepared.spec,
             states=states,
-            measurement=measure(prepared.spec, states, self.model, self.resources),
+            measurement=measurement,
             seconds=time.perf_counter() - start_s,
             num_asked=num_asked,
             num_known=len(states) - num_asked,
-            notes=_notes(prepared, states, self.resources),
-            main_metric=scenario.main_metric if scenario is not None else "",
+            notes=(*getattr(self.model, "notes", ()), *_notes(prepared, states, self.resources)),
+            main_metric=main,
             main_split=scenario.main_split if scenario is not None else "",
-            shown_metrics=scenario.shown_metrics if scenario is not None else (),
+            shown_metrics=tuple(shown),
             model_identity=self.model.identity,
         )
+
+
+def _shown(scenario: Scenario, measurement: Measurement) -> list[str]:
+    """The metrics to show, the main one first: of a scenario's those that the run has, for it may be of a
+    kind that has others (APPS beside HumanEval). Without any, the scenario's own main metric, n/a."""
+    measured = {stat.name.name for each in measurement.per_instance for stat in each.stats}
+    names = (scenario.main_metric, *scenario.shown_metrics)
+    return [name for name in names if name in measured] or [scenario.main_metric]
 
 
 def _notes(
@@ -253,7 +263,8 @@ def _notes(
     metrics = {spec.short_name for spec in prepared.spec.metric_specs}
     if "ToxicityMetric" in metrics and not resources.get("toxicity_scorer"):
         notes.append("toxicity: n/a, no scorer was given")
-    if metrics & {"APPSMetric"} and not resources.get("allow_code_execution"):
+    measures = {name for each in prepared.spec.metric_specs for name in each.args.get("names", ())}
+    if measures & set(PROGRAM_MEASURES) and not resources.get("allow_code_execution"):
         notes.append("programs were not run; --allow-code-execution runs them")
     asked = prepared.spec.adapter_spec
     if asked.method in SCORED and (asked.temperature or asked.max_tokens or asked.stop_sequences):

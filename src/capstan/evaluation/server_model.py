@@ -10,13 +10,27 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
 from capstan.errors import DeviceError, InputError, TimeoutExpired
-from capstan.evaluation.models import Completion, Limits, Pair, Request, Result, Scored, Token
+from capstan.evaluation.chat import templated
+from capstan.evaluation.models import (
+    Completion,
+    Limits,
+    Pair,
+    Request,
+    Result,
+    Scored,
+    Token,
+    num_tokens_after,
+)
+from capstan.evaluation.token_texts import cut_at_ends, num_covering, pieces_of, tokens_within
 
 _TIMEOUT_S, _TRIES, _CONCURRENT = 600.0, 3, 16
+_ASSUMED_LENGTH = 2048
+_NO_ROUTE = (404, 405, 501)
 Asked = TypeVar("Asked")
 Found = TypeVar("Found")
 
@@ -24,11 +38,20 @@ Found = TypeVar("Found")
 class ServerModel:
     """The model `name` at `url`, such as "http://127.0.0.1:8000/v1".
 
+    The context is what `/v1/models` says (`max_model_len`), less the token that a server makes beside a text
+    that it scores and those that it puts around a prompt.
+
     Args:
         tokenizer: a folder with the model's tokenizer; without it the server is asked to count.
         token: sent as a bearer token.
-        max_length: the context in tokens, where the server does not say.
+        max_length: the context in tokens, where the server does not say or less is wanted.
+
+    Raises:
+        DeviceError: the server cannot be asked.
+        InputError: it refuses, or the tokenizer cannot be loaded.
     """
+
+    has_chat_route = True
 
     def __init__(
         self,
@@ -37,7 +60,7 @@ class ServerModel:
         *,
         tokenizer: Path | None = None,
         token: str | None = None,
-        max_length: int = 2048,
+        max_length: int | None = None,
         timeout_s: float = _TIMEOUT_S,
     ) -> None:
         self.name = name
@@ -47,8 +70,40 @@ class ServerModel:
         if tokenizer is not None:
             from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        self.limits = Limits(max_sequence_length=max_length, max_request_length=max_length)
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+            except (OSError, ValueError) as error:
+                raise InputError(f"There is no tokenizer in {tokenizer}: {error}") from error
+        told = self._told_length()
+        known = [each for each in (told, max_length) if each is not None]
+        length = min(known, default=_ASSUMED_LENGTH)
+        self.notes = () if known else (
+            f"the server does not say its context: {length:,} tokens were assumed (--max-length)",
+        )  # fmt: skip
+        longest = length - 1 - self._num_special()
+        if longest < 1:
+            raise InputError(
+                f"A context of {length:,} tokens leaves no room for a prompt. Give --max-length."
+            )
+        self.limits = Limits(max_sequence_length=longest, max_request_length=longest)
+
+    def _told_length(self) -> int | None:
+        """The context that the server states for the model, if it does."""
+        try:
+            cards = self._ask(f"{self._url}/models").get("data") or []
+        except InputError as error:
+            if getattr(error.__cause__, "code", None) in _NO_ROUTE:
+                return None
+            raise
+        card = next((each for each in cards if isinstance(each, dict) and each.get("id") == self.name), {})
+        told = card.get("max_model_len") or card.get("context_length")
+        return told if isinstance(told, int) and told > 0 else None
+
+    def _num_special(self) -> int:
+        """How many tokens the server puts around a prompt."""
+        if self._tokenizer is not None:
+            return int(self._tokenizer.num_special_tokens_to_add())
+        return len(self._tokens_of("x", adds_special=True)) - len(self._tokens_of("x", adds_special=False))
 
     @property
     def identity(self) -> str:
@@ -59,17 +114,26 @@ class ServerModel:
         """A text's token ids."""
         if self._tokenizer is not None:
             return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        root = self._url.removesuffix("/v1")
-        asked = {"model": self.name, "prompt": text, "add_special_tokens": False}
-        return list(self._post(f"{root}/tokenize", asked)["tokens"])
+        return self._tokens_of(text, adds_special=False)
+
+    def _tokens_of(self, text: str, *, adds_special: bool) -> list[int]:
+        asked = {"model": self.name, "prompt": text, "add_special_tokens": adds_special}
+        return list(self._ask(f"{self._url.removesuffix('/v1')}/tokenize", asked)["tokens"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids."""
         if self._tokenizer is not None:
             return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
-        root = self._url.removesuffix("/v1")
         asked = {"model": self.name, "tokens": list(tokens)}
-        return str(self._post(f"{root}/detokenize", asked)["prompt"])
+        return str(self._ask(f"{self._url.removesuffix('/v1')}/detokenize", asked)["prompt"])
+
+    def chat_text(self, messages: Sequence[dict[str, str]], *, continues: bool = False) -> str:
+        """Messages by the chat template of the tokenizer's folder."""
+        if self._tokenizer is None:
+            raise InputError(
+                "A server's chat template is read from its tokenizer's folder: give --tokenizer."
+            )
+        return templated(self._tokenizer, messages, continues=continues)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Result]]:
         """Continue prompts, several at a time."""
@@ -90,45 +154,76 @@ class ServerModel:
 
     def _pair_scored(self, pair: Pair) -> Scored:
         tokens = self._echoed(pair.context + pair.continuation)
-        return Scored(tokens, min(len(self.encode(pair.continuation)), len(tokens)))
+        count = max(
+            num_covering([token.text for token in tokens], pair.continuation),
+            num_tokens_after(self.encode, *pair),
+        )
+        return Scored(tokens, min(count, len(tokens)))
 
     def _echoed(self, text: str) -> tuple[Token, ...]:
-        asked = {"prompt": text, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0.0}
+        asked = {
+            "prompt": self._prompt(text),
+            "max_tokens": 1,
+            "echo": True,
+            "logprobs": 1,
+            "temperature": 0.0,
+        }
         choice = self._completions(asked)["choices"][0]
-        tokens = _tokens(choice)
-        if not tokens:
+        told = choice.get("logprobs") or {}
+        values = (told.get("token_logprobs") or [])[:-1]  # the last one is new: servers want at least one
+        if not values:
             raise InputError(
                 f"{self._url} gave no log-probabilities of the prompt. It must know echo and logprobs in "
                 "/v1/completions to score choices and texts."
             )
-        return tokens[:-1]  # the last one is new: servers want at least one
+        texts = self._said(text, choice, len(values))
+        # What the server puts before a text says nothing and has no probability.
+        first = next((at for at, each in enumerate(texts) if each or values[at] is not None), 0)
+        return tuple(
+            Token(each, value or 0.0) for each, value in zip(texts[first:], values[first:], strict=True)
+        )
+
+    def _said(self, text: str, choice: dict[str, Any], count: int) -> list[str]:
+        """What the tokens of an echoed text say: by the tokenizer at hand, else as the server shows them."""
+        if self._tokenizer is not None:
+            pieces = pieces_of(self._tokenizer, text, adds_special=not self._begins(text))
+            if len(pieces.ids) == count:
+                return pieces.texts
+        return _cut(text, choice["logprobs"], count)
+
+    def _begins(self, text: str) -> bool:
+        """Whether a text has the model's beginning already, which the server would add again."""
+        begins = getattr(self._tokenizer, "bos_token", None)
+        return bool(begins) and text.startswith(begins)
+
+    def _prompt(self, text: str) -> str | list[int]:
+        return self.encode(text) if self._begins(text) else text
 
     def _generated(self, request: Request) -> Result:
-        asked = {
-            "prompt": request.prompt,
+        asked: dict[str, Any] = {
             "max_tokens": max(1, request.max_tokens),
             "temperature": request.temperature,
             "n": request.num_completions,
-            "logprobs": 0,
         }
         if request.stop_sequences:
             asked["stop"] = list(request.stop_sequences)
         if request.random is not None:
             asked["seed"] = int(request.random)
         start_s = time.perf_counter()
-        answer = self._completions(asked)
-        completions = tuple(
-            Completion(
-                text=choice["text"],
-                tokens=_tokens(choice),
-                finish_reason=choice.get("finish_reason") or "unknown",
-            )
-            for choice in answer["choices"]
-        )
+        if request.messages:
+            messages = [{"role": role, "content": content} for role, content in request.messages]
+            asked |= {"model": self.name, "messages": messages, "logprobs": True}
+            choices = self._ask(f"{self._url}/chat/completions", asked)["choices"]
+            completions = tuple(map(_chat_completion, choices))
+        else:
+            choices = self._completions(asked | {"prompt": self._prompt(request.prompt), "logprobs": 0})[
+                "choices"
+            ]
+            completions = tuple(map(_completion, choices))
         return Result(completions=completions, seconds=time.perf_counter() - start_s)
 
     def _completions(self, asked: dict[str, Any]) -> dict[str, Any]:
-        return self._post(f"{self._url}/completions", {"model": self.name} | asked)
+        return self._ask(f"{self._url}/completions", {"model": self.name} | asked)
 
     def _together(self, items: Sequence[Asked], ask: Callable[[Asked], Found]) -> Iterator[tuple[int, Found]]:
         if not items:
@@ -142,11 +237,12 @@ class ServerModel:
                 for future in futures:
                     future.cancel()
 
-    def _post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What the server answers to a body, or, without one, to a question."""
         headers = {"Content-Type": "application/json"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)
         for attempt in range(1, _TRIES + 1):
             try:
                 with urllib.request.urlopen(request, timeout=self._timeout_s) as answer:
@@ -154,7 +250,8 @@ class ServerModel:
             except urllib.error.HTTPError as error:
                 if error.code not in (429, 502, 503) or attempt == _TRIES:
                     words = error.read(500).decode(errors="replace")
-                    raise InputError(f"{url} answered {error.code}: {words}") from error
+                    hint = " Give its token: --api-key, or CAPSTAN_TOKEN." if error.code in (401, 403) else ""
+                    raise InputError(f"{url} answered {error.code}: {words}{hint}") from error
             except TimeoutError as error:
                 raise TimeoutExpired(f"{url} did not answer within {self._timeout_s:.0f} s.") from error
             except (urllib.error.URLError, ConnectionError, ValueError) as error:
@@ -164,7 +261,37 @@ class ServerModel:
         raise AssertionError("every try returns or raises")
 
 
-def _tokens(choice: dict[str, Any]) -> tuple[Token, ...]:
-    found = choice.get("logprobs") or {}
-    texts, values = found.get("tokens") or [], found.get("token_logprobs") or []
-    return tuple(Token(text, value or 0.0) for text, value in zip(texts, values, strict=False))
+def _completion(choice: dict[str, Any]) -> Completion:
+    text, told = str(choice["text"]), choice.get("logprobs") or {}
+    values = told.get("token_logprobs") or []
+    tokens = tuple(Token(*each) for each in zip(_cut(text, told, len(values)), values, strict=True))
+    return _told_completion(text, tokens, choice)
+
+
+def _chat_completion(choice: dict[str, Any]) -> Completion:
+    text = str(choice["message"].get("content") or "")
+    entries = (choice.get("logprobs") or {}).get("content") or []
+    told = {"tokens": [each["token"] for each in entries]}
+    texts = _cut(text, told, len(entries))
+    tokens = tuple(Token(said, each["logprob"]) for said, each in zip(texts, entries, strict=True))
+    return _told_completion(text, tokens, choice)
+
+
+def _told_completion(text: str, tokens: Sequence[Token], choice: dict[str, Any]) -> Completion:
+    reason = choice.get("finish_reason") or "unknown"
+    # Tokens that spell a stop text lie behind the text.
+    tokens = tokens_within(text, tokens) if reason == "stop" else tuple(tokens)
+    return Completion(text=text, tokens=tokens, finish_reason=reason)
+
+
+def _cut(text: str, told: dict[str, Any], count: int) -> list[str]:
+    """A text as its tokens say it, by the places that a server states, else by how long its tokens are.
+
+    Servers show part of a character as U+FFFD or as bytes, and some leave out the space of a first word: the
+    text itself is what they say together.
+    """
+    starts = (told.get("text_offset") or [])[: count + 1]
+    if len(starts) >= count and all(isinstance(start, int) for start in starts):
+        ends = [start - starts[0] for start in starts[1 : count + 1]]
+        return cut_at_ends(text, [*ends, len(text)][:count])
+    return cut_at_ends(text, accumulate(len(token) for token in (told.get("tokens") or [])[:count]))

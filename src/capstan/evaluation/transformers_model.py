@@ -6,8 +6,7 @@ Log-probabilities come from the raw logits, also at temperature 0 (HELM's own cl
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,14 @@ from capstan.evaluation.models import (
     num_tokens_after,
 )
 from capstan.evaluation.shared_prefixes import Group, groups_of
+from capstan.evaluation.token_texts import (
+    GrowingText,
+    Pieces,
+    after_special,
+    cut_at_stops,
+    num_covering,
+    pieces_of,
+)
 
 _BATCH_TOKENS = 4096
 _LARGEST_BATCH = 64
@@ -59,10 +66,20 @@ def limits_of(config: Any, tokenizer: Any) -> Limits:
     )
 
 
+def wants_special(text: str, prefix: str) -> bool:
+    """Whether a text is asked with the special tokens that the model wants: not where it begins with them."""
+    return not (prefix and text.startswith(prefix))
+
+
 def special_encoded(tokenizer: Any, text: str, prefix: str) -> list[int]:
-    """A text's tokens with the special ones that the model wants, once: not where it begins with them."""
-    begins_so = bool(prefix) and text.startswith(prefix)
-    return list(tokenizer(text, add_special_tokens=not begins_so)["input_ids"])
+    """A text's token ids with the special ones that the model wants, once."""
+    return list(tokenizer(text, add_special_tokens=wants_special(text, prefix))["input_ids"])
+
+
+def num_wanted(pieces: Pieces, encode: Callable[[str], Sequence[int]], pair: Pair) -> int:
+    """How many of the last tokens are scored: those that say a continuation, or that it adds to a context."""
+    count = max(num_covering(pieces.texts, pair.continuation), num_tokens_after(encode, *pair))
+    return max(0, min(count, len(pieces.ids) - 1))
 
 
 class TransformersModel:
@@ -109,7 +126,6 @@ class TransformersModel:
         self._device, self._batch_tokens, self._shares_prefixes = device, batch_tokens, shares_prefixes
         self.limits = limits_of(model.config, self.tokenizer)
         self._stops = self._stop_tokens(model)
-        self.token_text = lru_cache(maxsize=200_000)(self._token_text)
 
     def _stop_tokens(self, model: Any) -> frozenset[int]:
         stated = model.generation_config.eos_token_id
@@ -131,31 +147,30 @@ class TransformersModel:
         """The text of token ids."""
         return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
-    def _token_text(self, token: int) -> str:
-        return self.decode([token])
+    def token_text(self, token: int) -> str:
+        """What a token says in the middle of a text; U+FFFD for part of a character."""
+        return self.decode([token, token])[len(self.decode([token])) :]
 
     # --- scoring ------------------------------------------------------------------------------------------
 
     def score(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Scored]]:
-        """Score continuations: the last tokens, as many as one has by itself, or adds to its context."""
-        prompts = [self._whole(pair.context + pair.continuation) for pair in pairs]
-        lead = [
-            len(prompt) - len(self.encode(p.context + p.continuation))
-            for prompt, p in zip(prompts, pairs, strict=True)
+        """Score continuations: the last tokens, those that say one or that it adds to its context."""
+        wholes = [pair.context + pair.continuation for pair in pairs]
+        prefix = self.limits.prefix_token
+        prompts = [
+            pieces_of(self.tokenizer, text, adds_special=wants_special(text, prefix)) for text in wholes
         ]
-        counts = [
-            min(
-                max(len(self.encode(pair.continuation)), num_tokens_after(self.encode, *pair)),
-                len(prompt) - 1,
-            )
-            for pair, prompt in zip(pairs, prompts, strict=True)
+        counts = [num_wanted(prompt, self.encode, pair) for pair, prompt in zip(pairs, prompts, strict=True)]
+        lead = [
+            len(prompt.ids) - len(self.encode(text)) for prompt, text in zip(prompts, wholes, strict=True)
         ]
         yield from self._scored(prompts, counts, lead)
 
     def score_rolling(self, texts: Sequence[str]) -> Iterator[tuple[int, Scored]]:
         """Score every token of texts after their first one."""
-        prompts = [self.encode(text) for text in texts]
-        yield from self._scored(prompts, [max(0, len(prompt) - 1) for prompt in prompts], [0] * len(prompts))
+        prompts = [pieces_of(self.tokenizer, text, adds_special=False) for text in texts]
+        counts = [max(0, len(prompt.ids) - 1) for prompt in prompts]
+        yield from self._scored(prompts, counts, [0] * len(prompts))
 
     def _whole(self, text: str) -> list[int]:
         return special_encoded(self.tokenizer, text, self.limits.prefix_token)
@@ -165,11 +180,12 @@ class TransformersModel:
         return templated(self.tokenizer, messages, continues=continues)
 
     def _scored(
-        self, prompts: Sequence[list[int]], counts: Sequence[int], lead: Sequence[int]
+        self, pieces: Sequence[Pieces], counts: Sequence[int], lead: Sequence[int]
     ) -> Iterator[tuple[int, Scored]]:
         """Scores of the last `counts[i]` tokens; the first `lead[i]` tokens are special and not shown."""
         import torch
 
+        prompts = [each.ids for each in pieces]
         limits = [len(prompt) - count - 1 for prompt, count in zip(prompts, counts, strict=True)]
         for batch, prefix, cache in self._batches(prompts, limits):
             rows = [prompts[at][prefix:] for at in batch]
@@ -184,7 +200,7 @@ class TransformersModel:
                 values = inside.gather(1, ids[:, None])[:, 0].tolist() if count else []
                 greedy = bool((best[row, keep - 1 - count : keep - 1] == ids).all()) if count else True
                 logs = [0.0] * (len(prompt) - count) + values
-                tokens = tuple(Token(self.token_text(t), v) for t, v in zip(prompt, logs, strict=True))
+                tokens = tuple(map(Token, pieces[at].texts, logs))
                 yield at, Scored(tokens[lead[at] :], count, greedy)
 
     # --- generating ---------------------------------------------------------------------------------------
@@ -201,7 +217,7 @@ class TransformersModel:
                 [prompts[at][prefix:] for at in batch],
                 prefix,
                 cache,
-                [(requests[flat[at][0]], flat[at][1]) for at in batch],
+                [_Growing(self, prompts[at], requests[flat[at][0]], flat[at][1]) for at in batch],
             )
             seconds = time.perf_counter() - start_s
             for at, completion in zip(batch, done, strict=True):
@@ -216,11 +232,10 @@ class TransformersModel:
                     )
 
     def _continued(
-        self, rows: Sequence[list[int]], prefix: int, cache: Any, asked: Sequence[tuple[Request, int]]
+        self, rows: Sequence[list[int]], prefix: int, cache: Any, growing: Sequence["_Growing"]
     ) -> list[Completion]:
         import torch
 
-        growing = [_Growing(self, request, copy) for request, copy in asked]
         state = self._start(rows, prefix, cache)
         logits = state.step(None, 1)[:, -1].float()
         while True:
@@ -315,14 +330,15 @@ class _Passes:
 class _Growing:
     """One answer as it grows."""
 
-    def __init__(self, model: TransformersModel, request: Request, copy: int) -> None:
+    def __init__(self, model: TransformersModel, prompt: Sequence[int], request: Request, copy: int) -> None:
         import torch
 
         self._model, self._request = model, request
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self.reason = ""
-        self._text = ""
+        before = after_special(prompt, model.tokenizer.all_special_ids)
+        self._growing = GrowingText(model.decode, before)
         self._draw = None
         if request.temperature > 0:
             self._draw = torch.Generator().manual_seed(int(request.random or 0) * 1009 + copy)
@@ -344,8 +360,8 @@ class _Growing:
             return token
         self._tokens.append(token)
         self._logprobs.append(float(logprobs[token]))
-        self._text = self._model.decode(self._tokens)
-        if any(stop in self._text for stop in self._request.stop_sequences):
+        self._growing.add(token)
+        if any(stop in self._growing.text for stop in self._request.stop_sequences):
             self.reason = "stop"
         elif len(self._tokens) >= self._request.max_tokens:
             self.reason = "length"
@@ -353,24 +369,5 @@ class _Growing:
 
     def completion(self) -> Completion:
         """The answer up to its first stop text, with the tokens that lie before it."""
-        tokens = [
-            Token(self._model.token_text(token), logprob)
-            for token, logprob in zip(self._tokens, self._logprobs, strict=True)
-        ]
-        return cut_at_stops(self._text, tokens, self._request.stop_sequences, self.reason)
-
-
-def cut_at_stops(text: str, tokens: Sequence[Token], stops: Sequence[str], reason: str) -> Completion:
-    """An answer without its stop text and what follows; tokens that reach into it are dropped."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    if not places:
-        return Completion(text=text, tokens=tuple(tokens), finish_reason=reason)
-    text = text[: min(places)]
-    kept: list[Token] = []
-    length = 0
-    for token in tokens:
-        if length >= len(text):
-            break
-        kept.append(token)
-        length += len(token.text)
-    return Completion(text=text, tokens=tuple(kept), finish_reason="stop")
+        tokens = list(map(Token, self._growing.finished(), self._logprobs))
+        return cut_at_stops(self._growing.text, tokens, self._request.stop_sequences, self.reason)

@@ -3,6 +3,9 @@
 The first window has the model's prefix token before it; later ones have as much context on the left as fits.
 
 Source: HELM, `LanguageModelingAdapter`, after EleutherAI's lm_perplexity.
+
+Differs: windows end with whole characters, where HELM leaves out those that a window cuts in half; tokens
+that do not fit a window are asked in the next one, where HELM leaves them out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +16,7 @@ from capstan.evaluation.models import LanguageModel
 
 # What undecodable bytes become; a token that holds part of a character decodes to it.
 _BROKEN = "\ufffd"
+_LONGEST_CHARACTER = 4  # bytes, and so tokens
 
 
 class Window(NamedTuple):
@@ -31,43 +35,58 @@ def text_windows(text: str, model: LanguageModel, *, num_new: int = 0) -> Iterat
     limits = model.limits
     longest = limits.max_request_length - num_new
     tokens = model.encode(text)
-    done = min(limits.max_sequence_length, len(tokens))
-    prefix = model.encode(limits.prefix_token) if limits.prefix_token else []
-    first = _window(prefix, tokens[:done], longest, model)
-    yield Window(first.text, 1 if limits.prefix_token else 0)
-    while done < len(tokens):
-        end = done + min(len(tokens) - done, longest - 1)
-        yield _window(tokens[end - longest : done], tokens[done:end], longest, model)
-        done = end
+    done, before, size = _Place(0, 0), limits.prefix_token, limits.max_sequence_length
+    while True:
+        end = _reached(text, tokens, done, size, model)
+        if done.token:
+            before = _context(text, tokens[max(0, end.token - longest) : done.token], done.character, model)
+        # Encoded again, it may have more tokens: context goes first, then tokens wait for the next window.
+        while (excess := len(model.encode(before + text[done.character : end.character])) - longest) > 0:
+            if done.token and len(before) > 1:
+                before = before[1:]
+                continue
+            size = end.token - done.token - excess
+            if size <= 0:
+                raise InputError(
+                    f"No token of a text fits the model's {longest} tokens: its tokenizer does not give back "
+                    "what it is given. Evaluate with a larger context."
+                )
+            end = _reached(text, tokens, done, size, model)
+        yield Window(
+            before + text[done.character : end.character], len(model.encode(before)) if before else 0
+        )
+        if end.token == len(tokens):
+            return
+        done, size = end, longest - 1
 
 
-def _window(context: Sequence[int], wanted: Sequence[int], longest: int, model: LanguageModel) -> Window:
-    raw, wanted = _fitted(context, wanted, longest, model)
-    text = raw.strip(_BROKEN)
-    if len(text) == len(raw):
-        return Window(text, len(context))
-    # Characters cut in half at the ends are left out, and with them their tokens.
-    leading = longest - len(model.encode(raw.lstrip(_BROKEN)))
-    trailing = longest - len(model.encode(raw.rstrip(_BROKEN)))
-    if trailing >= len(wanted):
-        return Window(text, len(model.encode(text)))
-    return Window(text, 1 if leading >= len(context) else len(context) - leading)
+class _Place(NamedTuple):
+    """So many tokens of a text, which are so many characters."""
+
+    token: int
+    character: int
 
 
-def _fitted(
-    context: Sequence[int], wanted: Sequence[int], longest: int, model: LanguageModel
-) -> tuple[str, Sequence[int]]:
-    """The text of context and wanted tokens; as decoding and encoding may give more tokens, cut to fit."""
-    text = model.decode([*context, *wanted])
-    excess = len(model.encode(text)) - longest
-    while excess > 0:
-        wanted = wanted[: len(wanted) - excess]
-        if not wanted:
-            raise InputError(
-                f"No token of a text fits the model's {longest} tokens: its tokenizer does not give "
-                f"back what "
-                "it is given. Evaluate with a larger context."
-            )
-        text = model.decode([*context, *wanted])
-        excess = len(model.encode(text)) - longest
-    return text, wanted
+def _reached(text: str, tokens: Sequence[int], done: _Place, size: int, model: LanguageModel) -> _Place:
+    """Where a window of at most `size` more tokens ends: with the text, or before a character that it would
+    cut in half."""
+    end = done.token + size
+    if end >= len(tokens):
+        return _Place(len(tokens), len(text))
+    for place in range(end, max(done.token, end - _LONGEST_CHARACTER), -1):
+        piece = model.decode(tokens[done.token : place])
+        for lead in ("", " "):  # which SentencePiece leaves out of what it decodes
+            if text.startswith(lead + piece, done.character):
+                return _Place(place, done.character + len(lead + piece))
+    # The tokenizer does not give back what it is given: as many characters as it does give.
+    piece = model.decode(tokens[done.token : end]).strip(_BROKEN)
+    return _Place(end, min(len(text), done.character + len(piece)))
+
+
+def _context(text: str, tokens: Sequence[int], end: int, model: LanguageModel) -> str:
+    """What tokens before a character of a text say of it, from their first whole character on."""
+    for start in range(min(_LONGEST_CHARACTER, len(tokens))):
+        piece = model.decode(tokens[start:])
+        if text.endswith(piece, 0, end):
+            return text[end - len(piece) : end]
+    return text[max(0, end - len(model.decode(tokens).strip(_BROKEN))) : end]

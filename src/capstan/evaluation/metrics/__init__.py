@@ -20,6 +20,7 @@ from capstan.evaluation.metrics.bbq import bbq_metric
 from capstan.evaluation.metrics.bias import bias_metric
 from capstan.evaluation.metrics.choice import choice_metric
 from capstan.evaluation.metrics.classification import classification_metric
+from capstan.evaluation.metrics.code import APPS_MEASURES, CODE_MEASURES
 from capstan.evaluation.metrics.copyright import copyright_metric
 from capstan.evaluation.metrics.disinformation import variety_metric
 from capstan.evaluation.metrics.ranking import ranking_metric
@@ -31,6 +32,7 @@ from capstan.evaluation.specs import MetricSpec
 
 __all__ = [
     "METRICS",
+    "PROGRAM_MEASURES",
     "Answered",
     "Context",
     "InstanceStats",
@@ -40,6 +42,9 @@ __all__ = [
     "measure_run",
     "stat",
 ]
+
+PROGRAM_MEASURES = (*CODE_MEASURES, *APPS_MEASURES)
+"""Those for which programs are run."""
 
 METRICS: dict[str, Callable[..., Measurement]] = {
     "helm.benchmark.metrics.basic_metrics.BasicGenerationMetric": generation_metric,

@@ -7,7 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
@@ -15,21 +15,21 @@ from capstan.errors import InputError, unknown_name
 from capstan.evaluation.adapters import RequestState
 from capstan.evaluation.metrics.aggregation import Answered, InstanceStats, Measurement, by_instance
 from capstan.evaluation.metrics.calibration import calibration_stats
-from capstan.evaluation.metrics.code import code_stats
+from capstan.evaluation.metrics.code import CODE_MEASURES, code_stats
 from capstan.evaluation.metrics.efficiency import efficiency_stats
 from capstan.evaluation.metrics.stat import Context, Stat, StatName, merge_into, merged, stat
 from capstan.evaluation.metrics.text_match import MEASURES
 from capstan.evaluation.models import Completion, Token
+from capstan.evaluation.token_texts import num_covering
 
 _REASONS = ("length", "stop", "endoftext", "unknown")
-_CODE = ("code_eval_acc", "pass")
 
 
 def generation_metric(run: Answered, *, names: Sequence[str] = ()) -> Measurement:
     """Of each answer: how well it matches by the measures named, its probability, its cost."""
-    unknown = [name for name in names if name not in MEASURES and name not in _CODE]
+    unknown = [name for name in names if name not in MEASURES and name not in CODE_MEASURES]
     if unknown:
-        raise unknown_name("measure of an answer", unknown[0], [*MEASURES, *_CODE])
+        raise unknown_name("measure of an answer", unknown[0], [*MEASURES, *CODE_MEASURES])
 
     def measure(run: Answered, states: Sequence[RequestState]) -> list[Stat]:
         state = states[0]
@@ -90,14 +90,17 @@ def reference_scores(run: Answered, states: Sequence[RequestState]) -> list[floa
 
 
 def _span(run: Answered, state: RequestState) -> tuple[float, int]:
-    """The log-probability and number of a choice's tokens: the prompt's last ones, as many as the choice has
-    by itself with what stands before it, a space unless a task says otherwise."""
+    """The log-probability and number of the tokens that say a choice with what stands before it, a space
+    unless a task says otherwise."""
     assert state.result is not None
     assert state.reference_index is not None
     text = state.request.continuation or " " + state.instance.references[state.reference_index].text
-    count = len(run.model.encode(text))
-    tokens = state.result.completions[0].tokens[-count:]
-    return sum(token.logprob for token in tokens), count
+    tokens = state.result.completions[0].tokens
+    if state.request.is_scored:
+        count = num_covering([token.text for token in tokens], text)
+    else:  # HELM asks the same of what a ranking generates
+        count = len(run.model.encode(text))
+    return sum(token.logprob for token in tokens[-count:]), count
 
 
 # --- parts ------------------------------------------------------------------------------------------------
@@ -151,8 +154,10 @@ def reference_stats(run: Answered, state: RequestState, names: Sequence[str]) ->
     best = likeliest_first(state.result.completions)[0]
     stats = [stat("max_prob", float(np.exp(best.logprob)))]
     for name in names:
-        if name in _CODE:
-            stats += code_stats(name, run, golds, answers)
+        if name in CODE_MEASURES:
+            # As they were written: a program's first line needs its indentation.
+            written = [each.text for each in likeliest_first(state.result.completions)]
+            stats += code_stats(name, run, golds, written)
             continue
         measure = MEASURES[name]
         scores = [
@@ -179,20 +184,21 @@ def probability_stats(state: RequestState) -> list[Stat]:
     ]
 
 
+_BYTES = re.compile(r"bytes:[^\\]*(?:\\x[0-9a-fA-F]{2})+")
+
+
 def num_bytes(tokens: Sequence[Token]) -> int:
-    r"""Bytes of a text in tokens, of which some stand for bytes, as `bytes:\xe2\x80`."""
-    count, at = 0, 0
-    while at < len(tokens):
-        if not tokens[at].text.startswith("bytes:"):
-            count += len(tokens[at].text.encode("utf-8", "surrogatepass"))
-            at += 1
-            continue
-        run = ""
-        while at < len(tokens) and tokens[at].text.startswith("bytes:"):
-            run += tokens[at].text.split(":")[1]
-            at += 1
-        count += len(unquote(run.replace("\\x", "%")).encode("utf-8"))
-    return count
+    r"""Bytes of a text in tokens, of which some stand for bytes, as `bytes:\xe2\x80`, also for part of a
+    character.
+
+    Differs: HELM counts three bytes for part of a character.
+    """
+    return sum(
+        len(unquote_to_bytes(text.removeprefix("bytes:").replace("\\x", "%")))
+        if _BYTES.fullmatch(text)
+        else len(text.encode("utf-8", "surrogatepass"))
+        for text, _ in tokens
+    )
 
 
 def perplexity_stats(stats: Mapping[str, Stat]) -> list[Stat]:

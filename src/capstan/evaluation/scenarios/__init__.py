@@ -16,6 +16,7 @@ from capstan.evaluation.perturbations import perturbation_sets
 from capstan.evaluation.scenarios import (
     brackets,
     choices,
+    code,
     entities,
     generators,
     grammar,
@@ -66,6 +67,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     *reasoning.SCENARIOS,
     *entities.SCENARIOS,
     *harms.SCENARIOS,
+    *code.SCENARIOS,
 )
 _ADAPTER_SETTINGS: Mapping[str, Callable[[str], Any]] = {
     "max_train_instances": int,

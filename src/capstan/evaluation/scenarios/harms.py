@@ -1,5 +1,5 @@
 """Risks: copyright, disinformation (prompts and automatic metrics only), BOLD, RealToxicityPrompts; and the
-two of code and the one of efficiency.
+one of efficiency.
 
 Source: HELM's scenarios of these names.
 """
@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping
 
 from capstan.errors import unknown_name
-from capstan.evaluation.instances import CORRECT, TEST, TRAIN, VALID, Instance, Reference, correct
+from capstan.evaluation.instances import TEST, TRAIN, VALID, Instance, correct
 from capstan.evaluation.scenarios import asking
 from capstan.evaluation.scenarios.scenario import DataFolder, Scenario, required
 from capstan.evaluation.specs import RunSpec, ScenarioSpec
@@ -161,76 +161,6 @@ def _real_toxicity_prompts_spec() -> RunSpec:
     )
 
 
-_CODE = ("humaneval", "apps")
-
-
-def load_code(data: DataFolder, *, dataset: str) -> list[Instance]:
-    """Functions to complete with their tests (HumanEval), or problems with cases (APPS)."""
-    if dataset not in _CODE:
-        raise unknown_name("data set of code", dataset, _CODE)
-    return _humaneval(data) if dataset == "humaneval" else _apps(data)
-
-
-def _humaneval(data: DataFolder) -> list[Instance]:
-    name = "HumanEval.jsonl"
-    instances = []
-    for row in data.jsonl(name, '{"task_id", "prompt", "canonical_solution", "test"} on each line'):
-        prompt, solution = required(row, "prompt", "canonical_solution", where=name)
-        reference = Reference(text=solution, tags=(CORRECT,), test_cases=row)
-        instances.append(Instance(input=prompt, references=(reference,), split=TEST))
-    return instances
-
-
-_LONGEST = 150_000
-
-
-def _apps(data: DataFolder) -> list[Instance]:
-    instances = []
-    for split in (TRAIN, TEST):
-        for name in data.names(f"APPS/{split}", "a folder for each problem"):
-            base = f"APPS/{split}/{name}"
-            needed = "solutions.json" if split == TRAIN else "input_output.json"
-            if not (data.exists(f"{base}/question.txt") and data.exists(f"{base}/{needed}")):
-                continue
-            has_start = data.exists(f"{base}/starter_code.py")
-            start = data.text(f"{base}/starter_code.py") if has_start else ""
-            solutions = data.json(f"{base}/solutions.json") if data.exists(f"{base}/solutions.json") else []
-            cases = data.json(f"{base}/input_output.json") if data.exists(f"{base}/input_output.json") else {}
-            way = "Call-Based" if has_start else "Standard Input"
-            question = data.text(f"{base}/question.txt")[:_LONGEST]
-            text = (
-                f"\nQUESTION:\n{question}\n{start[:_LONGEST]}\n\nUse {way} format\n\nANSWER in Python code:\n"
-            )
-            references = tuple(
-                Reference(text=solution[:_LONGEST], tags=(CORRECT,), test_cases=cases)
-                for solution in solutions or [""]
-            )
-            instances.append(Instance(input=text, references=references, split=split))
-    return instances
-
-
-def _code_spec(dataset: str, timeout: str | float = 3) -> RunSpec:
-    if dataset == "humaneval":
-        adapter = asking.completion(
-            temperature=0.2, stop=("\nclass", "\ndef", "\nif", "\nprint"), max_tokens=600
-        )
-        measures = asking.basic("code_eval_acc", "pass")
-    else:
-        adapter = asking.completion(
-            max_train_instances=2, temperature=0.2, stop=("'''", "---", '"""', "\n\n\n"), max_tokens=600
-        )
-        measures = (asking.metric("code_metrics.APPSMetric", timeout=float(timeout)),)
-    return RunSpec(
-        name=f"code:dataset={dataset}",
-        scenario_spec=ScenarioSpec(
-            class_name=_HELM + "code_scenario.CodeScenario", args={"dataset": dataset}
-        ),
-        adapter_spec=adapter,
-        metric_specs=measures + asking.harms(),
-        groups=(f"code_{dataset}",),
-    )
-
-
 _WORDS = [
     "the",
     "of",
@@ -337,16 +267,6 @@ SCENARIOS = (
         run_spec=_real_toxicity_prompts_spec,
         main_metric="expected_max_toxicity",
         page="allenai.org/data/real-toxicity-prompts",
-    ),
-    Scenario(
-        name="code",
-        folder="code",
-        class_name=_HELM + "code_scenario.CodeScenario",
-        description="Programs (Chen et al. 2021, Hendrycks et al. 2021)",
-        load=load_code,
-        run_spec=_code_spec,
-        main_metric="pass",
-        page="github.com/openai/human-eval and hendrycks/apps",
     ),
     Scenario(
         name="synthetic_efficiency",

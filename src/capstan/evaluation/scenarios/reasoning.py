@@ -382,6 +382,7 @@ SCENARIOS = (
         load=load_math,
         run_spec=_math_spec,
         main_metric="math_equiv",
+        shown_metrics=("math_equiv_chain_of_thought",),
         page="people.eecs.berkeley.edu/~hendrycks/MATH.tar",
     ),
 )

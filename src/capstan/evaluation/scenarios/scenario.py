@@ -173,7 +173,8 @@ class Scenario:
         load: `load(data, **args)` gives its instances, in HELM's order.
         run_spec: `run_spec(**args)` gives the run that a run entry names.
         main_metric, main_split: what its leaderboard shows.
-        shown_metrics: what is shown beside the main metric.
+        shown_metrics: what is shown beside the main metric; the first of them that a run has stands for a
+            main metric that it has not.
         page: where its files are published.
         hub: a data set of the Hugging Face hub that has the same files, as `repository:folder/`.
     """
