@@ -35,8 +35,8 @@ from capstan.plans import bytes_text
 from capstan.storage.slab import aligned
 
 # What sampling holds for each logit: the logits, their float32 copy, sorted values (4) and order (8),
-# probabilities, cumulated (4 each), masks. On CUDA, sorting holds its keys and values twice: on an H100 56 to 58
-# bytes were taken for vocabularies of 32,000 to 152,000, and 60 to 61 with bans or penalties.
+# probabilities, cumulated (4 each), masks. On CUDA, sorting holds its keys and values twice: on an H100,
+# vocabularies of 32,000 to 152,000 took 56 to 58 bytes, and 60 to 61 with bans or penalties.
 SAMPLING_BYTES_PER_LOGIT = {"cpu": 40, "cuda": 64}
 _GRANT: Mapping[Tier, str] = {
     "device": "Grant more with --device-memory",
