@@ -61,7 +61,7 @@ class DecodedCheckpoint(Checkpoint):
 
     def __init__(self, stored: Checkpoint, matrices: Iterable[QuantisedMatrix], dtype: torch.dtype) -> None:
         self.folder = stored.folder
-        self._stored, self.dtype = stored, dtype
+        self.stored, self.dtype = stored, dtype
         self.matrices: Mapping[str, QuantisedMatrix] = {matrix.name: matrix for matrix in matrices}
         taken = {part for matrix in self.matrices.values() for part in matrix.parts.values()}
         plain = {name: entry for name, entry in stored.tensors.items() if name not in taken}
@@ -69,7 +69,7 @@ class DecodedCheckpoint(Checkpoint):
         self._loaded: tuple[str, Mapping[str, Tensor]] = ("", {})
 
     def _entry(self, matrix: QuantisedMatrix) -> TensorRange:
-        codes = self._stored.tensors[matrix.parts["codes"]]
+        codes = self.stored.tensors[matrix.parts["codes"]]
         return TensorRange(
             name=matrix.name,
             file=codes.file,
@@ -81,7 +81,7 @@ class DecodedCheckpoint(Checkpoint):
 
     def in_dtype(self, dtype: torch.dtype) -> Self:
         """The same checkpoint, decoded into values of `dtype`."""
-        return type(self)(self._stored, self.matrices.values(), dtype)
+        return type(self)(self.stored, self.matrices.values(), dtype)
 
     def grid_of(self, names: Sequence[str]) -> GroupQuantised | None:
         """The codec that holds tensors of the checkpoint exactly, with as few bits, if one does for all."""
@@ -89,7 +89,7 @@ class DecodedCheckpoint(Checkpoint):
         return codecs.pop() if len(codecs) == 1 else None
 
     def _codec(self, matrix: QuantisedMatrix) -> GroupQuantised | None:
-        scales = self._stored.tensors[matrix.parts["scales"]]
+        scales = self.stored.tensors[matrix.parts["scales"]]
         if matrix.num_bits is None or "group_of" in matrix.parts or scales.dtype not in _SHORT_SCALES:
             return None
         return GroupQuantised(
@@ -99,7 +99,7 @@ class DecodedCheckpoint(Checkpoint):
     def read(self, name: str, target: Tensor, *, start: int = 0) -> None:
         """As `Checkpoint.read`; of a quantised matrix, the bytes of its values."""
         if name not in self.matrices:
-            self._stored.read(name, target, start=start)
+            self.stored.read(name, target, start=start)
             return
         matrix, parts = self.matrices[name], self._parts(name)
         row_bytes = matrix.num_columns * self.dtype.itemsize
@@ -129,12 +129,12 @@ class DecodedCheckpoint(Checkpoint):
         """A matrix's parts; those of the last one are kept, since matrices are read in runs."""
         if self._loaded[0] != name:
             parts = self.matrices[name].parts
-            self._loaded = (name, {role: read_whole(self._stored, part) for role, part in parts.items()})
+            self._loaded = (name, {role: read_whole(self.stored, part) for role, part in parts.items()})
         return self._loaded[1]
 
     def close(self) -> None:
         """Close the files, and let go of what was kept of them."""
-        self._stored.close()
+        self.stored.close()
         self._loaded = ("", {})
 
 

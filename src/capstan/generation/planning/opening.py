@@ -34,7 +34,7 @@ def plan_for(
     cache_bits: int | None = None,
     place: Sequence[str] = (),
     dtype: torch.dtype | None = None,
-    share_prefixes: bool = True,
+    share_prefixes: bool | None = None,
     machine: Machine | None = None,
     checkpoint: Checkpoint | None = None,
     group: Group | Literal["auto"] | None = None,
