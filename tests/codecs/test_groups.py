@@ -90,6 +90,16 @@ def test_codes_and_decoded_values_follow_the_formulas(codec, data):
     assert torch.equal(codec.decode(packet), decoded.view(-1)[: len(values)])
 
 
+@settings(deadline=None)
+@given(nearest_quantisers, st.data())
+def test_records_of_known_codes_and_numbers_are_those_of_the_payload(codec, data):
+    length = data.draw(st.integers(1, 4)) * codec.group_size
+    payload = codec.encode(torch.randn(3, length)).payload
+    found = _records(codec, payload)
+    parts = [found.step] if codec.symmetric else [found.low, found.step]
+    assert torch.equal(codec.records(found.codes, torch.cat(parts, 1).to(codec.scale_dtype)), payload)
+
+
 @settings(max_examples=150, deadline=None)
 @given(quantisers, st.data())
 def test_error_bound_holds_down_to_the_smallest_and_up_to_the_largest_ranges(codec, data):

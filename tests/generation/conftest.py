@@ -323,8 +323,11 @@ def start_engine(
         place: Sequence[str] = (),
         budgets: Mapping[Tier, int] = AMPLE,
         lengths: Sequence[Length] = (Length(prompt=17, new=6),),
+        share_prefixes: bool | None = None,
     ) -> Engine:
-        asked = replace(planner(name), budgets=budgets, wish=parse_wish(place))
+        asked = replace(
+            planner(name), budgets=budgets, wish=parse_wish(place), shares_prefixes=share_prefixes
+        )
         return Engine.start(asked, asked.plan(lengths), torch.device("cpu"), disk_folder=scratch)
 
     return start_engine

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from capstan.generation import Engine, Request
+from capstan.generation.planning.memory import SAMPLING_BYTES_PER_LOGIT
+from capstan.generation.runtime.sampling import Draw, choose
 from capstan.transport import stream_of
 
 pytestmark = pytest.mark.gpu
@@ -103,3 +105,27 @@ def test_penalties_and_bias_on_a_gpu_answer_as_on_the_processor_within_the_plan(
             check_promises(engine)
     assert answers[0] == answers[1]
     assert answers[0][3] == [7] * requests[3].max_tokens
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 50_272, 128_256, 151_936])
+@pytest.mark.parametrize("changes", [False, True])
+def test_sampling_on_a_gpu_needs_no_more_memory_than_is_foreseen(vocabulary: int, changes: bool) -> None:
+    rows = 64
+    draws = [
+        Draw(
+            temperature=0.7,
+            top_k=50,
+            top_p=0.9,
+            seed=row,
+            step=0,
+            banned=frozenset({3}) if changes else frozenset(),
+            min_p=0.01 if changes else 0.0,
+            bias={5: 1.0} if changes else {},
+        )
+        for row in range(rows)
+    ]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    choose(torch.randn(rows, vocabulary, device="cuda"), draws)
+    assert torch.cuda.max_memory_allocated() - before <= rows * vocabulary * SAMPLING_BYTES_PER_LOGIT["cuda"]

@@ -27,7 +27,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module", params=PLACES)
 def engine(request: pytest.FixtureRequest, start_engine: Callable[..., Engine]) -> Iterator[Engine]:
-    with start_engine("llama", place=[PLACES[request.param]]) as engine:
+    with start_engine("llama", place=[PLACES[request.param]], share_prefixes=True) as engine:
         yield engine
 
 

@@ -208,4 +208,4 @@ def test_what_changes_logits_needs_no_more_memory_than_is_foreseen_for_sampling(
     with LiveBytes() as live:
         # Of what is foreseen, the logits in float32 are a part.
         choose(torch.randn(rows, vocabulary), draws)
-    assert live.peak_bytes <= rows * vocabulary * memory._SAMPLING_BYTES_PER_LOGIT
+    assert live.peak_bytes <= rows * vocabulary * memory.SAMPLING_BYTES_PER_LOGIT["cpu"]

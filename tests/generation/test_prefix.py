@@ -1,14 +1,19 @@
 """Tokens that all prompts begin with are computed and stored once, and nothing else changes."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from capstan.generation import Engine, Request
+from capstan.generation import Engine, Request, plan_for
 from capstan.generation.planning.batching import Length
+from capstan.generation.planning.placement import TIERS, parse_wish
+from capstan.generation.planning.planner import Planner
 from capstan.generation.planning.prefixes import common_prefix
+from capstan.hardware import Machine
+from capstan.plans import explain
 
 PREFIX = [(7 * at) % 120 + 1 for at in range(20)]
 # One prompt has a single token of its own, one begins its own part like the end of the prefix.
@@ -24,7 +29,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def engine(family: str, place: list[str], start_engine: Callable[..., Engine]) -> Iterator[Engine]:
-    with start_engine(family, place=place) as engine:
+    with start_engine(family, place=place, share_prefixes=True) as engine:
         yield engine
 
 
@@ -54,7 +59,8 @@ def test_answers_after_a_shared_prefix_equal_transformers_and_every_byte_was_pre
 
 
 def test_a_shared_prefix_is_stored_once(start_engine: Callable[..., Engine]) -> None:
-    with start_engine("llama", place=["weights=device cache=host attention=host"]) as engine:
+    place = ["weights=device cache=host attention=host"]
+    with start_engine("llama", place=place, share_prefixes=True) as engine:
         lengths = [Length(len(prompt), 4) for prompt in PROMPTS]
         alone, shared = (engine.plan_job(lengths, prefix=prefix) for prefix in (0, len(PREFIX)))
         rows = engine.model.num_layers * len(PREFIX) * (len(PROMPTS) - 1)
@@ -77,3 +83,66 @@ def test_a_shared_prefix_is_stored_once(start_engine: Callable[..., Engine]) -> 
 )
 def test_a_common_prefix_leaves_every_prompt_a_token(prompts: list[list[int]], shared: int) -> None:
     assert common_prefix(prompts) == shared
+
+
+@pytest.fixture(scope="module")
+def planner_of(
+    model_folder: Callable[[str], Path], make_machine: Callable[..., Machine]
+) -> Callable[..., Planner]:
+    """`planner_of(kind, ...)`: a planner of a tiny model on a made-up machine, which may be a GPU's."""
+
+    def planner_of(kind: str = "cpu", **changes: Any) -> Planner:
+        planner = plan_for(model_folder("llama"), machine=make_machine("cpu"), device="cpu")[0]
+        return replace(planner, machine=make_machine(kind), budgets=dict.fromkeys(TIERS, 1 << 30), **changes)
+
+    return planner_of
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("cache", ["device", "host"])
+@pytest.mark.parametrize(("prompts", "tokens", "prefix"), [(2, 17, 16), (12, 200, 190), (6, 250, 16)])
+def test_a_prefix_is_shared_only_where_that_is_predicted_faster_and_the_other_is_priced(
+    kind: str, cache: str, prompts: int, tokens: int, prefix: int, planner_of: Callable[..., Planner]
+) -> None:
+    lengths = [Length(tokens, 6)] * prompts
+    planner = planner_of(kind, wish=parse_wish([f"cache={cache}"]))
+    shared, alone = (
+        replace(planner, shares_prefixes=shares).plan(lengths, prefix=prefix if shares else 0)
+        for shares in (True, False)
+    )
+    assert (shared.prefix, alone.prefix) == (prefix, 0)
+    weighed = planner.plan(lengths, prefix=prefix)
+    doubted = 3.8 if (kind, cache) == ("cuda", "host") else 1.0
+    is_shared = shared.plan.seconds * doubted <= alone.plan.seconds
+    assert weighed.prefix == (prefix if is_shared else 0)
+    assert weighed.plan.phases == (shared if is_shared else alone).plan.phases
+    (other,) = weighed.plan.alternatives
+    assert other.seconds >= weighed.plan.seconds
+    shared_where = "once, on the device" if cache == "device" else "once, away from the device"
+    assert other.name == f"the first {prefix} tokens {'for each prompt' if is_shared else shared_where}"
+    assert "instead" in explain(weighed.plan)
+
+
+def test_both_outcomes_of_weighing_a_prefix_come_up(planner_of: Callable[..., Planner]) -> None:
+    planner = planner_of("cpu")
+    assert planner.plan([Length(200, 2)] * 12, prefix=190).prefix == 190
+    assert (
+        planner_of("cuda", wish=parse_wish(["cache=host"])).plan([Length(17, 60)] * 2, prefix=16).prefix == 0
+    )
+
+
+def test_beside_a_gpu_the_prefix_is_also_weighed_on_the_device(planner_of: Callable[..., Planner]) -> None:
+    plan = planner_of("cuda").plan([Length(200, 6)] * 12, prefix=190)
+    assert len(plan.plan.alternatives) == 2
+    assert all(other.seconds >= plan.plan.seconds for other in plan.plan.alternatives)
+
+
+def test_an_engine_whose_plan_keeps_a_prefix_for_each_answers_as_one_that_shares_it(
+    start_engine: Callable[..., Engine], answers_of: Callable[..., list[list[int]]]
+) -> None:
+    asked = [Request(prompt=prompt, max_tokens=4, ignore_eos=True) for prompt in PROMPTS]
+    answers = []
+    for shares in (True, False, None):
+        with start_engine("llama", share_prefixes=shares) as engine:
+            answers.append(answers_of(engine, asked))
+    assert answers[0] == answers[1] == answers[2]

@@ -15,7 +15,7 @@ from capstan.errors import InputError, UsageError
 if TYPE_CHECKING:
     from capstan.generation.batch.job import BatchFile, BatchReport
     from capstan.generation.batch.shard import Shard
-    from capstan.generation.planning.planner import JobPlan
+    from capstan.generation.planning.job_plan import JobPlan
     from capstan.generation.runtime.measured import Progress
 
 ModelOption = Annotated[

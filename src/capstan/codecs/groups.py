@@ -165,6 +165,12 @@ class GroupQuantised(Codec):
         groups = min(self.num_groups(shape), self._groups_per_block(_scratch_limit(device_type)))
         return groups * self._group_scratch_bytes
 
+    def records(self, codes: Tensor, numbers: Tensor) -> Tensor:
+        """The payload of groups whose grids are known: uint8 codes `[groups, group_size]`, counted from the
+        lowest level, and each group's stored numbers in `scale_dtype`, `[groups, 2]` for (low, step) or
+        `[groups, 1]` where symmetric. A row's last group is filled up with any codes."""
+        return torch.cat((bits.pack(codes, self.num_bits), numbers.view(torch.uint8)), -1).flatten()
+
     @property
     def _grid(self) -> Grid:
         return Grid(num_bits=self.num_bits, symmetric=self.symmetric, dtype=self.scale_dtype)

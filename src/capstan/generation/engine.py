@@ -19,9 +19,10 @@ from capstan.generation.attention.packed import (
 from capstan.generation.model import Model
 from capstan.generation.planning.batching import BlockShape, Length
 from capstan.generation.planning.cache_buffers import host_bytes
+from capstan.generation.planning.job_plan import JobPlan
 from capstan.generation.planning.memory import extent_of
 from capstan.generation.planning.opening import plan_for
-from capstan.generation.planning.planner import JobPlan, Planner
+from capstan.generation.planning.planner import Planner
 from capstan.generation.planning.prefixes import shared_prefix
 from capstan.generation.prompts import check_bias, check_length, tokens_of
 from capstan.generation.requests import Completion, Request, Score
@@ -86,7 +87,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         lengths: Sequence[Length] = USUAL_LENGTHS,
         prefix: int = 0,
-        share_prefixes: bool = True,
+        share_prefixes: bool | None = None,
         machine: Machine | None = None,
         checkpoint: Checkpoint | None = None,
         group: Group | Literal["auto"] | None = None,
@@ -104,7 +105,8 @@ class Engine:
             dtype: what to compute in; None chooses what this machine computes fastest without loss.
             lengths: what the engine will mostly be asked for, so that it is planned for that.
             prefix: how many tokens all prompts of such a job begin with.
-            share_prefixes: whether tokens that all prompts of a job begin with are computed and stored once.
+            share_prefixes: whether tokens that all prompts of a job begin with are computed and stored once;
+                None does where the plan predicts it to be faster.
             machine: measured rates; None takes this machine's cached profile, or probes it for some seconds.
             checkpoint: where weights come from, if not from `folder`.
             group: the ranks over which the layers are divided, all of which must call this and then ask the
@@ -131,7 +133,7 @@ class Engine:
             checkpoint=checkpoint,
             group=group,
         )
-        opening = planner.plan(lengths, prefix=prefix if share_prefixes else 0)
+        opening = planner.plan(lengths, prefix=0 if share_prefixes is False else prefix)
         return cls.start(planner, opening, torch_device, disk_folder=Path(disk) if disk else None)
 
     @classmethod
@@ -281,7 +283,7 @@ class Engine:
         """The plan for sequences of these lengths, of which the first `prefix` tokens are the same, with the
         weights where they lie."""
         opening = self._opening
-        if keeps_cache and prefix == opening.prefix and sorted(lengths) == sorted(opening.lengths):
+        if keeps_cache and prefix == opening.common and sorted(lengths) == sorted(opening.lengths):
             return opening
         return self._planner.plan(lengths, opened=opening.placement, keeps_cache=keeps_cache, prefix=prefix)
 
@@ -305,7 +307,7 @@ class Engine:
         self, sequences: list[Growing], *, keeps_cache: bool, on_progress: OnProgress | None
     ) -> Iterator[Growing]:
         prefix = 0
-        if keeps_cache and self._planner.shares_prefixes:
+        if keeps_cache and self._planner.shares_prefixes is not False:
             asked, prompts = [each.request for each in sequences], [each.prompt for each in sequences]
             prefix = shared_prefix(asked, prompts)
         lengths = [growing.length for growing in sequences]

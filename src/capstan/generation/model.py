@@ -11,9 +11,15 @@ from capstan.errors import InputError
 from capstan.generation.attention.row_format import RowFormat, cache_codec
 from capstan.generation.planning.stage import Stage
 from capstan.models.checkpoint_map import Sources, map_checkpoint
+from capstan.models.decoded_checkpoint import (
+    DecodedCheckpoint,
+    dominant_dtype,
+    open_checkpoint,
+    refuse_transposed,
+)
 from capstan.models.layer_profile import ModelProfile
 from capstan.models.meta_model import MetaModel, open_meta_model
-from capstan.models.refusals import refuse_other_models, refuse_quantised
+from capstan.models.refusals import refuse_other_models
 from capstan.models.weight_manifest import WeightManifest, list_weights
 from capstan.storage import Checkpoint
 
@@ -85,9 +91,11 @@ def open_model(
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}. Name a folder with a model in Hugging Face format.")
     refuse_other_models(folder)
-    refuse_quantised(folder, "Give plain weights; --weight-bits 8 or 4 quantises them.")
-    checkpoint = checkpoint or Checkpoint(folder)
+    checkpoint = checkpoint or open_checkpoint(folder)
     skeleton = open_meta_model(folder, dtype or dominant_dtype(checkpoint))
+    if isinstance(checkpoint, DecodedCheckpoint):
+        refuse_transposed(skeleton)
+        checkpoint = checkpoint.in_dtype(skeleton.compute_dtype)
     sources = map_checkpoint(skeleton, checkpoint)
     inventory = list_weights(skeleton, checkpoint, sources, weight_bits=weight_bits, device_type=device_type)
     anatomy = ModelProfile(skeleton)
@@ -116,19 +124,6 @@ def open_model(
         tokenizer=_tokenizer(folder),
         stop_tokens=_stop_tokens(folder, skeleton.config),
     )
-
-
-def dominant_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating-point dtype that most bytes of the checkpoint have."""
-    totals: dict[torch.dtype, int] = {}
-    for entry in checkpoint.tensors.values():
-        if entry.dtype.is_floating_point:
-            totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.size_bytes
-    if not totals:
-        raise InputError(
-            f"{checkpoint.folder} holds no floating-point tensors; is it quantised? Give plain weights."
-        )
-    return max(totals, key=lambda dtype: totals[dtype])
 
 
 def _tokenizer(folder: Path) -> Any:

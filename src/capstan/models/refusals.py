@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from capstan.errors import UnsupportedModel
+from capstan.models.quantisation import Quantisation
 
 # What transformers calls the classes of models with another head.
 _OTHER_TASK = re.compile(r"For(?!CausalLM|ConditionalGeneration)([A-Z]\w*)$")
@@ -45,21 +46,27 @@ def refuse_other_models(folder: Path) -> None:
 
 
 def refuse_quantised(folder: Path, advice: str) -> None:
-    """Weights in a format of their own must be decoded by its rules, which are not here.
+    """Weights in a format of their own must be decoded by its rules.
 
     Raises:
         UnsupportedModel: config.json in `folder` says that the weights are quantised.
     """
+    stated = stated_quantisation(folder)
+    if stated is not None:
+        raise stated.refused(f", which this engine does not read here. {advice}")
+
+
+def stated_quantisation(folder: Path) -> Quantisation | None:
+    """What config.json in `folder` says of quantised weights."""
     config = _stated_config(folder)
     parts = [part for part in (config, *config.values()) if isinstance(part, dict)]
-    for name in ("quantization_config", "compression_config"):
-        stated = next((part[name] for part in parts if part.get(name)), None)
+    for key in ("quantization_config", "compression_config"):
+        stated = next((part[key] for part in parts if part.get(key)), None)
         if stated is not None:
-            method = stated.get("quant_method", "unknown") if isinstance(stated, dict) else stated
-            raise UnsupportedModel(
-                f"The weights in {folder} are quantised by {method!r} ({name} in its config.json), which "
-                f"this engine does not read. {advice}"
-            )
+            settings = stated if isinstance(stated, dict) else {"quant_method": str(stated)}
+            method = str(settings.get("quant_method", "unknown"))
+            return Quantisation(method=method, stated=settings, folder=folder, key=key)
+    return None
 
 
 def _stated_config(folder: Path) -> dict[str, Any]:

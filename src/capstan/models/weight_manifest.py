@@ -9,6 +9,7 @@ import torch
 from capstan.codecs import Cast, Codec, GroupQuantised, Identity
 from capstan.errors import UsageError
 from capstan.models.checkpoint_map import Sources
+from capstan.models.decoded_checkpoint import DecodedCheckpoint
 from capstan.models.meta_model import MetaModel, TensorSpec
 from capstan.storage import Checkpoint
 
@@ -18,12 +19,18 @@ _BITS = (16, 8, 4)
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor as it rests: values of `dtype` (the checkpoint's) encoded by `codec`."""
+    """A tensor as it rests: values of `dtype` (the checkpoint's) encoded by `codec`.
+
+    Where the checkpoint is quantised, its values are decoded while they are read (`is_decoded`), or its codes
+    become records of `codec` as they are (`keeps_grid`).
+    """
 
     spec: TensorSpec
     dtype: torch.dtype
     codec: Codec
     device_type: str
+    is_decoded: bool = False
+    keeps_grid: bool = False
 
     @property
     def name(self) -> str:
@@ -41,7 +48,7 @@ class StoredTensor:
     @property
     def is_as_in_checkpoint(self) -> bool:
         """Whether the stored bytes are the checkpoint's own."""
-        return isinstance(self.codec, Identity)
+        return isinstance(self.codec, Identity) and not self.is_decoded
 
     @cached_property
     def computed_bytes(self) -> int:
@@ -134,16 +141,28 @@ def list_weights(
     `weight_bits` 4 or 8 quantises the matrices of the decoder layers, in groups of 64 along their inputs;
     embeddings, output matrix, vectors and matrices with a side below 64 stay as they are, as is usual for
     weight-only quantisation. 16 stores wider checkpoints in 16 bits. None keeps the checkpoint's bits.
+    Integers that a quantised checkpoint has in no more bits than that are kept as they are.
 
     Differs: FlexGen also quantises the embeddings, which costs accuracy and saves little.
     """
     if weight_bits is not None and weight_bits not in _BITS:
         raise UsageError(f"Weights are stored in {', '.join(map(str, _BITS))} bits, not in {weight_bits}.")
 
-    def stored(spec: TensorSpec, *, in_layer: bool) -> StoredTensor:
-        dtype = checkpoint.tensors[sources[spec.name][0].source].dtype
-        codec = _codec(spec, dtype, weight_bits, in_layer)
-        return StoredTensor(spec=spec, dtype=dtype, codec=codec, device_type=device_type)
+    def stored(spec: TensorSpec, *, in_layer: bool, is_placed: bool = True) -> StoredTensor:
+        names = [piece.source for piece in sources[spec.name]]
+        dtype = checkpoint.tensors[names[0]].dtype
+        decoded = checkpoint if isinstance(checkpoint, DecodedCheckpoint) else None
+        grid = decoded.grid_of(names) if decoded else None
+        keeps_grid = grid is not None and is_placed and grid.num_bits <= (weight_bits or grid.num_bits)
+        codec = grid if grid is not None and keeps_grid else _codec(spec, dtype, weight_bits, in_layer)
+        return StoredTensor(
+            spec=spec,
+            dtype=dtype,
+            codec=codec,
+            device_type=device_type,
+            is_decoded=decoded is not None and not decoded.matrices.keys().isdisjoint(names),
+            keeps_grid=keeps_grid,
+        )
 
     layers = [
         tuple(stored(spec, in_layer=True) for spec in meta.layer_tensors(index))
@@ -151,7 +170,7 @@ def list_weights(
     ]
     head = stored(meta.state[meta.head], in_layer=False)
     table = stored(meta.state[meta.table], in_layer=False)
-    rest = tuple(stored(spec, in_layer=False) for spec in meta.rest)
+    rest = tuple(stored(spec, in_layer=False, is_placed=False) for spec in meta.rest)
     return WeightManifest(units=(*layers, (head,)), table=table, rest=rest)
 
 

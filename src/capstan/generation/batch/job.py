@@ -17,9 +17,11 @@ from capstan.generation.batch.shard import WHOLE, Shard
 from capstan.generation.engine import Engine
 from capstan.generation.model import Model
 from capstan.generation.planning.batching import Length
-from capstan.generation.planning.planner import JobPlan, Planner
+from capstan.generation.planning.job_plan import JobPlan
+from capstan.generation.planning.planner import Planner
 from capstan.generation.planning.prefixes import shared_prefix
 from capstan.generation.runtime.measured import OnProgress, Progress
+from capstan.models.decoded_checkpoint import DecodedCheckpoint
 from capstan.plans import Plan, Trace
 
 _SAMPLE_BYTES = 256
@@ -104,9 +106,9 @@ def lengths_of(requests: Sequence[BatchRequest]) -> list[Length]:
 
 
 def prefix_of(requests: Sequence[BatchRequest], planner: Planner) -> int:
-    """How many tokens all prompts begin with, if they are to be computed once."""
+    """How many tokens all prompts begin with, if they may be computed once."""
     asked = [each.request for each in requests for _ in range(each.request.n)]
-    return shared_prefix(asked) if planner.shares_prefixes else 0
+    return 0 if planner.shares_prefixes is False else shared_prefix(asked)
 
 
 def open_journal(
@@ -134,11 +136,14 @@ def open_journal(
 def _fingerprint(model: Model) -> str:
     """What the model is: its configuration, its tensors' shapes, and some bytes of each."""
     digest = hashlib.sha256(model.skeleton.config.to_json_string().encode())
-    for name, entry in sorted(model.checkpoint.tensors.items()):
+    checkpoint = model.checkpoint
+    if isinstance(checkpoint, DecodedCheckpoint):  # of which reading a little decodes much
+        checkpoint = checkpoint.stored
+    for name, entry in sorted(checkpoint.tensors.items()):
         digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
         sample = torch.empty(min(_SAMPLE_BYTES, entry.size_bytes), dtype=torch.uint8)
         for start in (0, (entry.size_bytes - len(sample)) // 2, entry.size_bytes - len(sample)):
-            model.checkpoint.read(name, sample, start=start)
+            checkpoint.read(name, sample, start=start)
             digest.update(bytes(sample.tolist()))
     return digest.hexdigest()
 

@@ -35,8 +35,9 @@ from capstan.plans import bytes_text
 from capstan.storage.slab import aligned
 
 # What sampling holds for each logit: the logits, their float32 copy, sorted values (4) and order (8),
-# probabilities, cumulated (4 each), masks.
-_SAMPLING_BYTES_PER_LOGIT = 40
+# probabilities, cumulated (4 each), masks. On CUDA, sorting holds its keys and values twice: on an H100,
+# vocabularies of 32,000 to 152,000 took 56 to 58 bytes, and 60 to 61 with bans or penalties.
+SAMPLING_BYTES_PER_LOGIT = {"cpu": 40, "cuda": 64}
 _GRANT: Mapping[Tier, str] = {
     "device": "Grant more with --device-memory",
     "host": "Grant more with --host-memory",
@@ -174,7 +175,8 @@ def workspace_of(
     front = tokens * (3 * model.inventory.row_bytes + 6 * model.hidden_bytes)
     layer = model.anatomy.workspace_bytes(tokens) + _attention_bytes(model, placement, shape, extent)
     vocabulary = model.skeleton.vocabulary_size
-    back = logit_rows * (vocabulary * (itemsize + _SAMPLING_BYTES_PER_LOGIT) + 8 * model.hidden_bytes)
+    sampling = SAMPLING_BYTES_PER_LOGIT[model.formats[0].device_type]
+    back = logit_rows * (vocabulary * (itemsize + sampling) + 8 * model.hidden_bytes)
     return max(front, layer, back) + _SMALL_TENSORS_BYTES
 
 

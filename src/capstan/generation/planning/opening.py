@@ -10,11 +10,12 @@ import torch
 
 from capstan.errors import DeviceError, InputError, UsageError
 from capstan.generation.attention.host_attention import reading_rate
-from capstan.generation.model import dominant_dtype, open_model
+from capstan.generation.model import open_model
 from capstan.generation.planning.placement import Tier, parse_wish
 from capstan.generation.planning.planner import Planner
 from capstan.generation.planning.rank_planner import rank_planner
 from capstan.hardware import Machine, this_machine
+from capstan.models.decoded_checkpoint import dominant_dtype, open_checkpoint
 from capstan.models.refusals import refuse_other_models
 from capstan.plans import parse_bytes
 from capstan.storage import Checkpoint
@@ -33,7 +34,7 @@ def plan_for(
     cache_bits: int | None = None,
     place: Sequence[str] = (),
     dtype: torch.dtype | None = None,
-    share_prefixes: bool = True,
+    share_prefixes: bool | None = None,
     machine: Machine | None = None,
     checkpoint: Checkpoint | None = None,
     group: Group | Literal["auto"] | None = None,
@@ -48,7 +49,7 @@ def plan_for(
     probed = _probed(torch_device.type, ranks, here) if machine is None else None
     machine = machine or probed
     assert machine is not None
-    checkpoint = checkpoint or Checkpoint(_language_model(Path(folder)))
+    checkpoint = checkpoint or open_checkpoint(_language_model(Path(folder)))
     dtype = dtype or _fastest_dtype(dominant_dtype(checkpoint), machine)
     if ranks is not None:  # the first rank's choice: one model is computed in one dtype
         dtype = getattr(torch, ranks.share(str(dtype).removeprefix("torch.")))

@@ -12,7 +12,7 @@ divided between the link and the host's processors, where the paper chooses one 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from functools import partial
 
 from capstan.errors import DoesNotFit
 from capstan.generation.model import Model
@@ -25,10 +25,12 @@ from capstan.generation.planning.forecast import (
     sweep_traffic,
     wall_s,
 )
+from capstan.generation.planning.job_plan import Candidate, JobPlan, Task
 from capstan.generation.planning.memory import Demand, demand_of
 from capstan.generation.planning.placement import TIERS, Placement, Tier, Wish, spread
 from capstan.generation.planning.placement_program import Given, solve_placement
 from capstan.generation.planning.plan_words import choices_of
+from capstan.generation.planning.prefixes import fitting, price_s, weighed
 from capstan.generation.planning.resources import HOST_ATTENTION, HOST_TO_DEVICE
 from capstan.hardware import Machine
 from capstan.plans import Phase, Plan, bytes_text
@@ -44,49 +46,20 @@ FINALISTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobPlan:
-    """A plan and the decisions behind it, as the engine runs them."""
-
-    plan: Plan
-    lengths: Sequence[Length]
-    prefix: int
-    placement: Placement
-    shape: BlockShape
-    logit_rows: int
-
-
-class Candidate(NamedTuple):
-    """A block with a placement, and the job's seconds with it."""
-
-    seconds: float
-    shape: BlockShape
-    placement: Placement
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What is to be planned; what is fixed of it."""
-
-    lengths: Sequence[Length]
-    opened: Placement | None
-    keeps_cache: bool
-    prefix: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Planner:
     """Plans jobs of one model on one machine within budgets.
 
     `budgets` says what may be used of "device" and "host" memory and of the "disk" (0 for none);
     `host_attention_bytes_per_s` how fast the host attends this model's rows, by default four fifths of the
-    rate at which it reads memory.
+    rate at which it reads memory. `shares_prefixes` says whether what all prompts begin with is computed and
+    stored once: always, never, or (None) where that is predicted to be faster.
     """
 
     model: Model
     machine: Machine
     budgets: Budgets
     wish: Wish = field(default_factory=Wish)
-    shares_prefixes: bool = True
+    shares_prefixes: bool | None = None
     host_attention_bytes_per_s: float | None = None
 
     @property
@@ -117,12 +90,26 @@ class Planner:
         Args:
             opened: the placement with which the weights were brought to where they lie; None leaves it open.
             keeps_cache: False for scoring, which reads nothing back.
-            prefix: so many tokens are the same at the beginning of all prompts, fewer than any prompt has.
+            prefix: so many tokens are the same at the beginning of all prompts, fewer than any prompt has;
+                they are shared as `shares_prefixes` says.
 
         Raises:
             DoesNotFit: not even one sequence at a time fits; says what is missing where.
         """
         job = Task(lengths=lengths, opened=opened, keeps_cache=keeps_cache, prefix=prefix)
+        if not prefix or self.shares_prefixes is not None:
+            return self._planned(job)
+        ways = [partial(self._planned, job), partial(self._planned, replace(job, prefix=0))]
+        if self._on_cuda and self.wish.cache is None:
+            near = replace(self, wish=replace(self.wish, cache={"device": 1.0}))
+            ways.insert(1, partial(near._planned, job))
+        plans = fitting(ways)
+        return weighed(plans, [self._job_s(each) for each in plans], prefix)
+
+    def _job_s(self, planned: JobPlan) -> float:
+        return price_s(planned) if self._on_cuda else planned.plan.seconds
+
+    def _planned(self, job: Task) -> JobPlan:
         best: Candidate | None = None
         roughly = sorted(self._rough_candidates(job), key=lambda candidate: candidate.seconds)
         for rank, rough in enumerate(roughly):
@@ -140,6 +127,7 @@ class Planner:
             plan=self._written(best.placement, best.shape, job),
             lengths=tuple(job.lengths),
             prefix=job.prefix,
+            common=job.prefix,
             placement=best.placement,
             shape=best.shape,
             logit_rows=self._logit_rows,

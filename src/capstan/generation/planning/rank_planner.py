@@ -13,10 +13,11 @@ from math import inf
 import torch
 
 from capstan.errors import DoesNotFit, UsageError
-from capstan.generation.planning.batching import BlockShape, Length
+from capstan.generation.planning.batching import BlockShape
 from capstan.generation.planning.forecast import phases_of, play
+from capstan.generation.planning.job_plan import Candidate, JobPlan, Task
 from capstan.generation.planning.placement import Placement
-from capstan.generation.planning.planner import FINALISTS, Candidate, JobPlan, Planner, Task
+from capstan.generation.planning.planner import FINALISTS, Planner
 from capstan.generation.planning.stage import Capacity, Stage, divide, pipelined
 from capstan.hardware import Link
 from capstan.plans import Phase
@@ -34,20 +35,17 @@ class RankPlanner(Planner):
 
     stage: Stage
 
-    def plan(
-        self,
-        lengths: Sequence[Length],
-        *,
-        opened: Placement | None = None,
-        keeps_cache: bool = True,
-        prefix: int = 0,
-    ) -> JobPlan:
-        """The plan for this rank's layers; see `Planner.plan`.
+    def _job_s(self, planned: JobPlan) -> float:
+        """The seconds of the slowest rank, so that all decide alike."""
+        ranks: list[float] = self.stage.group.gather(super()._job_s(planned))
+        return max(ranks)
+
+    def _planned(self, job: Task) -> JobPlan:
+        """The plan for this rank's layers.
 
         Raises:
             DoesNotFit: on every rank, if not even one sequence at a time fits on one of them; names it.
         """
-        job = Task(lengths=lengths, opened=opened, keeps_cache=keeps_cache, prefix=prefix)
         shapes = list(self._shapes(job))
         rough = [_fastest(self._rough_candidates_of(job, shape)) for shape in shapes]
         paces = self._paces_s(rough, shapes)

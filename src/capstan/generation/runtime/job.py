@@ -17,8 +17,8 @@ from capstan.generation.planning.activation_buffers import outbox_bytes
 from capstan.generation.planning.batching import BatchWork, Block, BlockShape, InFlight, Length, Work
 from capstan.generation.planning.cache_buffers import Lanes
 from capstan.generation.planning.forecast import DECODE, PREFILL
+from capstan.generation.planning.job_plan import JobPlan
 from capstan.generation.planning.memory import Extent, demand_of, extent_of
-from capstan.generation.planning.planner import JobPlan
 from capstan.generation.runtime.activations import Activations
 from capstan.generation.runtime.arrivals import Arrivals, open_turns
 from capstan.generation.runtime.block_schedule import BlockSchedule, Pick, picks_of

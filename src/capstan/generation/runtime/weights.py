@@ -21,6 +21,7 @@ from capstan.generation.planning.placement import Tier
 from capstan.generation.planning.resources import DISK_TO_HOST, HOST_TO_DEVICE
 from capstan.generation.planning.weight_buffers import STAGING_SLOTS, buffers_for
 from capstan.models.checkpoint_map import Piece, Sources
+from capstan.models.decoded_checkpoint import records_of
 from capstan.models.weight_manifest import StoredTensor, WeightManifest
 from capstan.storage import Checkpoint, DiskSlab, Slab
 from capstan.storage.slab import aligned
@@ -153,8 +154,11 @@ class WeightStore:
             for row in range(0, num_rows, rows_at_once):
                 count = min(rows_at_once, num_rows - row)
                 raw = buffer[: count * row_bytes]
-                self._checkpoint.read(piece.source, raw, start=row * row_bytes)
-                if not tensor.is_as_in_checkpoint:
+                if tensor.keeps_grid:
+                    raw = records_of(self._checkpoint, piece.source, row, count)
+                else:
+                    self._checkpoint.read(piece.source, raw, start=row * row_bytes)
+                if not (tensor.is_as_in_checkpoint or tensor.keeps_grid):
                     values = raw.view(tensor.dtype).view(count, width).to(self._device)
                     raw = tensor.codec.encode(values).payload
                 yield (first_row + row) * encoded_row_bytes, raw
