@@ -6,7 +6,6 @@ python -m torch.distributed.run --nproc-per-node=4 -m capstan.pipelining.trainin
 import ctypes
 import json
 import os
-import pickle
 import platform
 import re
 import signal
@@ -233,7 +232,7 @@ def _refuse_number(folder: Path, found: list[tuple[int, int, int]], size: int) -
 def _loaded(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = torch.load(path, weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a file that is none leads to
         raise InputError(f"{path} is no checkpoint that can be read. Remove it to begin anew.") from error
     return record
 
