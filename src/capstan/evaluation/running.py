@@ -18,6 +18,7 @@ from capstan.evaluation.adapters import RequestState, adapt
 from capstan.evaluation.answer_store import AnswerStore, request_key
 from capstan.evaluation.chat import in_chat, num_chat_tokens
 from capstan.evaluation.instances import EVAL_SPLITS, TRAIN, Instance
+from capstan.evaluation.intervals import LEVEL, Interval, interval_of
 from capstan.evaluation.metrics import PROGRAM_MEASURES, Answered, Measurement, measure_run
 from capstan.evaluation.models import Completion, LanguageModel, Pair, Result, Scored
 from capstan.evaluation.perturbations import WordFiles, augmented
@@ -43,7 +44,11 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """A run that is done."""
+    """A run that is done.
+
+    `level` is that of intervals: more than 95 % where they were looked at several times, so that all looks
+    together are right with 95 %.
+    """
 
     spec: RunSpec
     states: tuple[RequestState, ...]
@@ -56,6 +61,12 @@ class Evaluated:
     main_split: str = ""
     shown_metrics: tuple[str, ...] = ()
     model_identity: str = ""
+    level: float = LEVEL
+
+    def interval(self, name: str) -> Interval | None:
+        """A metric's interval on the main split, or on all where that has none."""
+        of_main = interval_of(self.measurement, name, self.main_split or None, level=self.level)
+        return of_main or interval_of(self.measurement, name, level=self.level)
 
 
 def sampled(instances: Sequence[Instance], count: int | None) -> list[Instance]:
