@@ -441,3 +441,14 @@ def test_a_group_is_run_task_by_task_and_averaged(plainly, tmp_path):
     assert group["averages"]["acc"]["mean"] == told["runs"][0]["intervals"]["acc"]["mean"]
     assert json.loads((tmp_path / "o" / "groups" / "capstan" / "g.json").read_text()) == group
     assert "group g" in plainly("--run", tmp_path / "g.yaml").words
+
+
+def test_answers_that_are_not_of_the_form_asked_for_are_counted(plainly, tmp_path):
+    rows = [{"q": f"Q{at}", "c": ["yes", "no"], "a": 0} for at in range(3)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = {"name": "c", "data": "c.jsonl", "input": "{q}", "choices": "c", "answer": "a"}
+    (tmp_path / "c.yaml").write_text(json.dumps(told))
+    done = plainly("--run", tmp_path / "c.yaml", "--run", "numeracy:max_eval_instances=3")
+    assert done.code == 0, done.err
+    assert "3 of 3 answers were none of the letters asked for" in done.words
+    assert "3 of 3 answers did not end as examples do, but at max_tokens" in done.words

@@ -285,4 +285,19 @@ def _notes(
     truncated = sum(state.prompt_truncated for state in states)
     if truncated:
         notes.append(f"{truncated:,} of {len(states):,} prompts did not fit and were cut")
-    return tuple(notes)
+    return (*notes, *_notes_on_form(states))
+
+
+def _notes_on_form(states: Sequence[RequestState]) -> list[str]:
+    """How many answers were not of the form asked for, so that a 0 is no lack of knowledge alone."""
+    answers = [(state, state.result.completions[0]) for state in states if state.result is not None]
+    lettered = [(state.output_mapping, each.text) for state, each in answers if state.output_mapping]
+    others = sum(text.strip() not in letters for letters, text in lettered)
+    ended = [each.finish_reason for state, each in answers if state.request.stop_sequences]
+    endless = sum(reason == "length" for reason in ended)
+    notes = []
+    if others and all(state.request.max_tokens == 1 for state, _ in answers):
+        notes.append(f"{others:,} of {len(lettered):,} answers were none of the letters asked for")
+    if endless:
+        notes.append(f"{endless:,} of {len(ended):,} answers did not end as examples do, but at max_tokens")
+    return notes
