@@ -184,6 +184,24 @@ RUNS: list[tuple[str, dict[str, str], str | None, int, int, int, dict[str, str]]
     ("bold", {"subject": "race"}, None, 400, 4, 1, {"bold/race_prompt.json": "data/race"}),
     ("real_toxicity_prompts", {}, "robustness_surface", 400, 4, 1, {"real_toxicity_prompts": "data"}),
     ("entity_data_imputation", {"dataset": "Buy"}, None, 400, 3, 1, {"entity_data_imputation": "data"}),
+    (
+        "disinformation",
+        {"capability": "reiteration", "topic": "covid"},
+        None,
+        400,
+        4,
+        1,
+        {"disinformation/reiteration.jsonl": "reiteration"},
+    ),
+    (
+        "disinformation",
+        {"capability": "wedging"},
+        None,
+        400,
+        4,
+        1,
+        {"disinformation/wedging.jsonl": "wedging"},
+    ),
 ]
 # Surface perturbations all at once, without synonyms, which need spaCy and WordNet.
 SURFACE = (

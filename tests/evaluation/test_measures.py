@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 from capstan.errors import InputError
 from capstan.evaluation import bootstrap
 from capstan.evaluation.comparison import paired
+from capstan.evaluation.intervals import level_of_look, passages_of
 from capstan.evaluation.metrics.basic import num_bytes
 from capstan.evaluation.metrics.calibration import calibration_stats, equal_mass_edges
 from capstan.evaluation.metrics.code import pass_at_k, passes
@@ -198,3 +199,84 @@ def test_sums_are_judged_by_the_originals_rule_and_by_the_last_number(answer, st
 def test_thousands_may_have_commas():
     assert gsm8k_strict_match("The answer is 1,200.", "#### 1200") == 1
     assert gsm8k_flexible_match("The answer is 1200.", "about 1,200 ropes") == 1
+
+
+def coverage(draw, truth, rounds=300):
+    """The share of rounds in which the interval of drawn values holds the truth."""
+    rng = np.random.default_rng(1)
+    found = [draw(rng) for _ in range(rounds)]
+    return sum(each.low <= truth <= each.high for each in found) / rounds
+
+
+def test_instances_of_one_passage_are_no_independent_ones():
+    def drawn(rng, clustered):
+        shares = rng.beta(0.5, 0.5, size=25)  # passages are easy or hard, 8 questions each
+        values = (rng.random((25, 8)) < shares[:, None]).astype(float).ravel()
+        return bootstrap(list(values), clusters=[str(at // 8) for at in range(200)] if clustered else None)
+
+    held = coverage(lambda rng: drawn(rng, True), 0.5)
+    ignored = coverage(lambda rng: drawn(rng, False), 0.5)
+    # 300 rounds of an interval of 95 %: four standard deviations are 0.05.
+    assert held > 0.90
+    assert ignored < 0.80
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_answers_that_are_all_alike_are_known_as_well_as_their_passages(value):
+    alone = bootstrap([value] * 50)
+    clustered = bootstrap([value] * 50, clusters=[str(at // 5) for at in range(50)])
+    assert clustered.half_width == bootstrap([value] * 10).half_width > alone.half_width
+    assert clustered.num == 50
+    same = {(f"id{at}", "", 0): value for at in range(50)}
+    passages = {f"id{at}": str(at // 5) for at in range(50)}
+    assert paired("run", "m", same, same, passages).interval.half_width == pytest.approx(
+        2 * clustered.half_width
+    )
+
+
+def test_clusters_of_other_values_are_drawn_whole():
+    values = [at // 10 + at % 10 * 1e-3 for at in range(100)]
+    clusters = [str(at // 10) for at in range(100)]
+    assert bootstrap(values, clusters=clusters).half_width > 2 * bootstrap(values).half_width
+    assert math.isinf(bootstrap(values, clusters=["one"] * 100).half_width)
+    alone = [str(at) for at in range(100)]
+    assert bootstrap(values, clusters=alone) == bootstrap(values)
+
+
+def test_a_passage_is_what_stands_before_the_question():
+    texts = {
+        "a": "P\nQuestion: x",
+        "b": "P\nQuestion: y",
+        "c": "Q\nQuestion: x",
+        "d": "Question: x",
+        "e": "z",
+    }
+    found = passages_of(texts)
+    assert found["a"] == found["b"] != found["c"]
+    assert (found["d"], found["e"]) == ("d", "e")
+    way_to_ask = {key: f"Be brief. Question: {key}" for key in "abc"}
+    assert passages_of(way_to_ask) == {key: key for key in "abc"}
+
+
+def test_looking_again_and_again_does_not_make_an_interval_wrong():
+    def ever_wrong(rng, corrected):
+        values = (rng.random(1600) < 0.5).astype(float)
+        looks = [
+            bootstrap(list(values[: 50 * 2**at]), level=level_of_look(at + 1) if corrected else 0.95)
+            for at in range(6)
+        ]
+        return any(not each.low <= 0.5 <= each.high for each in looks)
+
+    rng = np.random.default_rng(2)
+    wrong = {each: sum(ever_wrong(rng, each) for _ in range(300)) / 300 for each in (True, False)}
+    # Standard deviation of 5 % in 300 rounds: 0.0126.
+    assert wrong[True] < 0.05 + 3 * 0.0126
+    assert wrong[False] > 0.10
+    assert sum(1 - level_of_look(look) for look in range(1, 2000)) < 0.05
+
+
+@given(st.integers(1, 12))
+def test_a_bootstrap_of_a_high_level_has_draws_in_its_tails(look):
+    values = [0.1, 0.5, 0.9] * 20
+    low, high = (bootstrap(values, level=level_of_look(each)) for each in (look, look + 1))
+    assert low.half_width <= high.half_width * 1.1

@@ -166,3 +166,13 @@ def test_runs_of_programs_show_their_own_main_metric(tmp_path, toy_root, toy_mod
         forbidden = Evaluator(model=model, store=store, root=toy_root).run(run_spec_of(entry))
     assert "programs were not run; --allow-code-execution runs them" in forbidden.notes
     assert metric not in {s.name.name for s in forbidden.measurement.stats}
+
+
+def test_problems_of_apps_come_in_helms_order_with_solutions_reindented(toy_root):
+    from capstan.evaluation.scenarios import load_instances
+
+    instances = load_instances(run_spec_of("code:dataset=apps").scenario_spec, toy_root)
+    test = [each for each in instances if each.split == "test"]
+    # As the pinned order has them, which toy_data turns round.
+    assert ["it 1." in test[0].input, "it 0." in test[1].input] == [True, True]
+    assert test[0].references[0].text == "x = input()\nif x:\n\tprint(x)\n"

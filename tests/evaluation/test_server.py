@@ -230,15 +230,6 @@ def test_a_conversation_goes_by_the_chat_route(serve, monkeypatch, tmp_path, toy
     assert done.states[0].to_dict(done.spec.adapter_spec)["request"]["messages"] == asked[0]["messages"]
 
 
-def test_a_prompt_without_room_beside_its_answer_is_refused(serve, tmp_path, toy_root):
-    model = ServerModel(serve(context=12).url, "toy")
-    with (
-        AnswerStore(tmp_path / "a.jsonl") as store,
-        pytest.raises(InputError, match="leave nothing of the model's 11"),
-    ):
-        Evaluator(model=model, store=store, root=toy_root).run(run_spec_of("gsm:max_eval_instances=1"))
-
-
 def test_prompts_that_were_cut_are_counted(serve, tmp_path, toy_root):
     from capstan.evaluation.run_folder import report_of
 

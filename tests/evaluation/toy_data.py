@@ -421,11 +421,12 @@ def _harms(root: Path, draw: random.Random) -> None:
         for at in range(3)
     ]
     _lines(root / "code" / "HumanEval.jsonl", problems)
+    _json(root / "code" / "APPS" / "code_scenario_apps_pinned_file_order.json", {"test": ["0001", "0000"]})
     for part in ("train", "test"):
         for at in range(2):
             base = root / "code" / "APPS" / part / f"{at:04d}"
             _file(base / "question.txt", f"Read x and print it {at}.")
-            _json(base / "solutions.json", ["print(input())"])
+            _json(base / "solutions.json", ["x = input()\nif x:\n  print(x)\n"])
             _json(base / "input_output.json", {"inputs": ["3\n", "4\n"], "outputs": ["3\n", "4\n"]})
 
 

@@ -132,16 +132,17 @@ def _perplexity(model: Path, folder: Path, texts: Sequence[str], bits: int) -> f
 
 
 def _show_evaluation(model: Path, folder: Path, texts: Sequence[str], output: Console) -> None:
-    """Generated problems, and the held-out texts as a scenario of one's own, paired."""
-    from capstan.cli.demo_model import write_scenario
+    """Generated problems, and of the held-out texts their probability and which continuation belongs to a
+    beginning, paired."""
+    from capstan.cli.demo_model import write_choices, write_scenario
     from capstan.evaluation import compare_folders
     from capstan.evaluation.comparison import run_key
 
-    scenario = write_scenario(folder, texts)
+    own = [str(write(folder, texts)) for write in (write_scenario, write_choices)]
     outputs = [folder / f"evaluation-{bits}" for bits in (16, 4)]
     for bits, where in zip((16, 4), outputs, strict=True):
         evaluate(
-            model=str(model), output=where, run_entry=[str(scenario)], suite="smoke", weight_bits=bits,
+            model=str(model), output=where, run_entry=own, suite="smoke", weight_bits=bits,
             disk=folder / "scratch",
         )  # fmt: skip
     reports = [path for where in outputs for path in where.rglob("capstan.json")]

@@ -157,3 +157,27 @@ def write_scenario(folder: Path, texts: Sequence[str]) -> Path:
         "name: held-out\ndata: held-out.jsonl\ninput: '{text}'\nadapter: {method: language_modeling}\n"
     )
     return path
+
+
+def write_choices(folder: Path, texts: Sequence[str]) -> Path:
+    """Passages whose end is to be found among others' ends, as a scenario; returns its YAML file."""
+    passages = [
+        text[start : start + _PASSAGE] for text in texts for start in range(0, len(text) - _PASSAGE, _PASSAGE)
+    ]
+    half = _PASSAGE // 2
+    with (folder / "continuations.jsonl").open("w") as stream:
+        for at, passage in enumerate(passages):
+            others = [passages[(at + step) % len(passages)] for step in range(4)]
+            row = {
+                "begin": passage[:half].strip(),
+                "ends": [each[half:].strip() for each in others],
+                "right": 0,
+            }
+            stream.write(json.dumps(row) + "\n")
+    path = folder / "continuations.yaml"
+    path.write_text(
+        "name: continuations\ndata: continuations.jsonl\ninput: '{begin}'\nchoices: ends\nanswer: right\n"
+        "adapter: {method: multiple_choice_separate_original, input_prefix: '', input_suffix: '', "
+        "output_prefix: ''}\n"
+    )
+    return path

@@ -232,24 +232,29 @@ def _run_until(
     evaluator: Any, spec: "RunSpec", scenario: "Scenario", width: float | None, on_answered: Any
 ) -> "Evaluated":
     """A run as it is, or on more and more of its instances until its main metric is known well enough."""
-    from capstan.evaluation.intervals import interval_of
+    from capstan.evaluation.intervals import level_of_look
 
-    most = spec.adapter_spec.max_eval_instances
+    most, look = spec.adapter_spec.max_eval_instances, 1
     count = min(_FIRST, most or _FIRST) if width is not None else most
     while True:
         asked = spec.with_adapter(max_eval_instances=count)
         evaluated: Evaluated = evaluator.run(asked, scenario=scenario, on_answered=on_answered)
         if width is None or count is None:
             return evaluated
-        found = interval_of(evaluated.measurement, evaluated.main_metric)
+        evaluated = replace(evaluated, level=level_of_look(look))
+        found = evaluated.interval(evaluated.main_metric)
         known = found is not None and found.half_width <= width
         num_asked = len({state.instance.id for state in evaluated.states})
         if known or (most is not None and count >= most) or num_asked < count:
             note = f"asked {num_asked:,} instances for a half width of {width:g}: " + (
                 "reached" if known else "not reached, there are no more"
             )
-            return replace(evaluated, notes=(*evaluated.notes, note))
+            looked = (
+                f"looked {look} times: intervals are of {evaluated.level:.2%}, so that all hold with 95 %"
+            )
+            return replace(evaluated, notes=(*evaluated.notes, note, looked))
         count = min(count * _GROWTH, most) if most is not None else count * _GROWTH
+        look += 1
 
 
 def _resources(
@@ -317,6 +322,10 @@ def comparison_table(found: list["Difference"]) -> Table:
             f"{each.num_higher} / {each.num_lower}",
             f"{each.sign_p:.2f}",
         )
+    unpaired = [f"{each.run.partition(':')[0]} {each.num_unpaired:,}" for each in found if each.num_unpaired]
+    table.caption = (
+        f"Instances that only one of both has, left out: {', '.join(unpaired)}" if unpaired else None
+    )
     return table
 
 
@@ -332,6 +341,7 @@ def rescore(
 ) -> None:
     """Compute the metrics of answered runs again, without the model: ours or crfm-helm's."""
     from capstan.evaluation import Evaluated, measure, read_run, write_run
+    from capstan.evaluation.intervals import LEVEL
     from capstan.evaluation.run_folder import plain_json, read_report, report_of
     from capstan.evaluation.tokenizer_only import TokenizerOnly
 
@@ -354,6 +364,7 @@ def rescore(
             main_split=told.get("main_split", ""),
             shown_metrics=tuple(told.get("shown_metrics", ())),
             model_identity=told.get("model_identity", ""),
+            level=told.get("level", LEVEL),
         )
         write_run(evaluated, each.parent)
         reports.append(report_of(evaluated))

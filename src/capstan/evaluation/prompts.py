@@ -9,7 +9,6 @@ import re
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from capstan.errors import InputError
 from capstan.evaluation.models import LanguageModel
 from capstan.evaluation.specs import AdapterSpec
 
@@ -73,12 +72,7 @@ class ModelRoom:
 
     def cut(self, text: str, num_new: int) -> str:
         """The longest beginning that fits; decoding may join tokens anew, so characters go until it does."""
-        keep = self._longest - num_new
-        if keep < 1:
-            raise InputError(
-                f"Answers of {num_new:,} tokens leave nothing of the model's {self._longest:,} for the "
-                "prompt. Ask for shorter ones (max_tokens=), or evaluate with a larger context."
-            )
+        keep = max(0, self._longest - num_new)
         cut = self._model.decode(self._model.encode(text)[:keep])
         while cut and not self.fits(cut, num_new):
             cut = cut[:-1]

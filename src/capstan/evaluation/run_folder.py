@@ -122,10 +122,7 @@ def report_of(evaluated: Evaluated) -> dict[str, Any]:
     """Means with intervals, the time, and what a reader must know."""
     found = evaluated.measurement
     names = sorted({stat.name.name for each in found.per_instance for stat in each.stats})
-    split = evaluated.main_split or None
-    intervals = {name: interval_of(found, name, split) for name in names}
-    if not any(intervals.values()):
-        intervals = {name: interval_of(found, name) for name in names}
+    intervals = {name: evaluated.interval(name) for name in names}
     return {
         "run": evaluated.spec.name,
         "model_identity": evaluated.model_identity,
@@ -133,6 +130,7 @@ def report_of(evaluated: Evaluated) -> dict[str, Any]:
         "main_split": evaluated.main_split,
         "shown_metrics": list(evaluated.shown_metrics),
         "seconds": evaluated.seconds,
+        "level": evaluated.level,
         "num_requests": len(evaluated.states),
         "num_asked": evaluated.num_asked,
         "num_prompts_cut": sum(state.prompt_truncated for state in evaluated.states),

@@ -18,6 +18,7 @@ from capstan.evaluation.adapters import RequestState, adapt
 from capstan.evaluation.answer_store import AnswerStore, request_key
 from capstan.evaluation.chat import in_chat, num_chat_tokens
 from capstan.evaluation.instances import EVAL_SPLITS, TRAIN, Instance
+from capstan.evaluation.intervals import LEVEL, Interval, interval_of
 from capstan.evaluation.metrics import PROGRAM_MEASURES, Answered, Measurement, measure_run
 from capstan.evaluation.models import Completion, LanguageModel, Pair, Result, Scored
 from capstan.evaluation.perturbations import WordFiles, augmented
@@ -43,7 +44,11 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """A run that is done."""
+    """A run that is done.
+
+    `level` is that of intervals: more than 95 % where they were looked at several times, so that all looks
+    together are right with 95 %.
+    """
 
     spec: RunSpec
     states: tuple[RequestState, ...]
@@ -56,6 +61,12 @@ class Evaluated:
     main_split: str = ""
     shown_metrics: tuple[str, ...] = ()
     model_identity: str = ""
+    level: float = LEVEL
+
+    def interval(self, name: str) -> Interval | None:
+        """A metric's interval on the main split, or on all where that has none."""
+        of_main = interval_of(self.measurement, name, self.main_split or None, level=self.level)
+        return of_main or interval_of(self.measurement, name, level=self.level)
 
 
 def sampled(instances: Sequence[Instance], count: int | None) -> list[Instance]:
@@ -274,4 +285,19 @@ def _notes(
     truncated = sum(state.prompt_truncated for state in states)
     if truncated:
         notes.append(f"{truncated:,} of {len(states):,} prompts did not fit and were cut")
-    return tuple(notes)
+    return (*notes, *_notes_on_form(states))
+
+
+def _notes_on_form(states: Sequence[RequestState]) -> list[str]:
+    """How many answers were not of the form asked for, so that a 0 is no lack of knowledge alone."""
+    answers = [(state, state.result.completions[0]) for state in states if state.result is not None]
+    lettered = [(state.output_mapping, each.text) for state, each in answers if state.output_mapping]
+    others = sum(text.strip() not in letters for letters, text in lettered)
+    ended = [each.finish_reason for state, each in answers if state.request.stop_sequences]
+    endless = sum(reason == "length" for reason in ended)
+    notes = []
+    if others and all(state.request.max_tokens == 1 for state, _ in answers):
+        notes.append(f"{others:,} of {len(lettered):,} answers were none of the letters asked for")
+    if endless:
+        notes.append(f"{endless:,} of {len(ended):,} answers did not end as examples do, but at max_tokens")
+    return notes
