@@ -41,8 +41,8 @@ def model() -> Any:
     """What parsing needs of a model."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    skeleton = SimpleNamespace(vocabulary_size=256, max_positions=CONTEXT)
-    return SimpleNamespace(folder=Path("models/tiny"), tokenizer=tokenizer, skeleton=skeleton)
+    meta_model = SimpleNamespace(vocabulary_size=256, max_positions=CONTEXT)
+    return SimpleNamespace(folder=Path("models/tiny"), tokenizer=tokenizer, meta_model=meta_model)
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +401,7 @@ def test_a_bad_line_keeps_its_custom_id_where_it_has_one(parse: Callable[..., An
 
 
 def test_without_a_chat_template_messages_are_refused(model: Any) -> None:
-    plain = SimpleNamespace(folder=model.folder, skeleton=model.skeleton, tokenizer=byte_tokenizer())
+    plain = SimpleNamespace(folder=model.folder, meta_model=model.meta_model, tokenizer=byte_tokenizer())
     lines = [json.dumps({"messages": [USER]}), json.dumps({"prompt": "x"})]
     bad, good = parse_lines(lines, plain, max_tokens=4)
     assert isinstance(bad, BadLine)
@@ -410,7 +410,7 @@ def test_without_a_chat_template_messages_are_refused(model: Any) -> None:
 
 
 def test_without_a_tokenizer_only_token_ids_are_understood(model: Any) -> None:
-    plain = SimpleNamespace(folder=model.folder, skeleton=model.skeleton, tokenizer=None)
+    plain = SimpleNamespace(folder=model.folder, meta_model=model.meta_model, tokenizer=None)
     lines = ['{"prompt": "x"}', json.dumps({"messages": [USER]}), '{"prompt": [1]}']
     text, chat, tokens = parse_lines(lines, plain, max_tokens=4)
     assert isinstance(text, BadLine)

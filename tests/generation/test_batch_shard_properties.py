@@ -19,7 +19,7 @@ from capstan.generation.batch.shard import WHOLE, Shard
 MODEL: Any = SimpleNamespace(
     folder=Path("models/tiny"),
     tokenizer=None,
-    skeleton=SimpleNamespace(vocabulary_size=9, max_positions=64),
+    meta_model=SimpleNamespace(vocabulary_size=9, max_positions=64),
 )
 ids = st.sampled_from(("a", "b", "line-1", "line-2", "line-3", "line-3-again", "\ud83d", "…"))
 good = st.builds(

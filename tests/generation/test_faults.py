@@ -425,7 +425,7 @@ FAULTS: dict[str, tuple[object, str, str]] = {
 
 def _is_stripped(engine: Engine) -> bool:
     return all(
-        parameter.is_meta for layer in engine.model.skeleton.layers for parameter in layer.parameters()
+        parameter.is_meta for layer in engine.model.meta_model.layers for parameter in layer.parameters()
     )
 
 

@@ -90,7 +90,7 @@ def test_wished_shares_are_what_is_planned(planners, weights, cache, job):
     )
     plan = planner.plan([Length(*each) for each in job])
     if weights is not None:
-        placed = planner.model.inventory.placeable
+        placed = planner.model.manifest.placeable
         largest = max(tensor.stored_bytes for tensor in placed.values())
         total = sum(tensor.stored_bytes for tensor in placed.values())
         for tier, share in weights.items():

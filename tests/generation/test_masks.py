@@ -134,7 +134,7 @@ def test_a_window_that_is_stated_in_the_mask_only_is_kept(
     prompt = torch.randint(1, 128, (21,), generator=torch.Generator().manual_seed(3)).tolist()
     with open_engine(folder) as engine:
         (done,) = engine.generate([Request(prompt=prompt, max_tokens=6)])
-        windows = {layer.geometry.sliding_window for layer in engine.model.anatomy.layers}
+        windows = {layer.geometry.sliding_window for layer in engine.model.profile.layers}
     assert 6 in windows
     assert list(done.answers[0].tokens) == load_reference(folder).greedy(prompt, 6)
 

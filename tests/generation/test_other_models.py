@@ -112,3 +112,52 @@ def test_a_checkpoint_in_float64_is_computed_in_float32(
         with open_engine(folder, place=[place]) as engine:
             asked = [Request(prompt=[5, 6, 7], max_tokens=6, ignore_eos=True)]
             assert answers_of(engine, asked) == [wanted]
+
+
+LLAMA_4 = SIZES | {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size_mlp": 48,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 0],
+    "attn_temperature_tuning": False,
+    "attention_chunk_size": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def test_a_llama_4_whose_context_is_one_chunk_answers_as_transformers(
+    save_model: Callable[..., Path],
+    open_engine: Callable[..., Engine],
+    open_reference: Callable[[Path], Any],
+    answers_of: Callable[..., list[list[int]]],
+) -> None:
+    from transformers import Llama4TextConfig
+
+    folder = save_model(Llama4TextConfig(**LLAMA_4))
+    prompts = [[5, 6, 7], list(range(1, 40)), [9, 8]]
+    wanted = [open_reference(folder).greedy(prompt, 6) for prompt in prompts]
+    asked = [Request(prompt=prompt, max_tokens=6, ignore_eos=True) for prompt in prompts]
+    for place in ("weights=device cache=device", "weights=disk cache=host attention=host"):
+        with open_engine(folder, place=[place]) as engine:
+            assert answers_of(engine, asked) == wanted
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attention_chunk_size": 16}, "hides other positions .* attention in chunks"),
+        ({"attn_temperature_tuning": True}, "Layer 1 of Llama4ForCausalLM numbers its tokens by itself"),
+    ],
+)
+def test_a_llama_4_whose_answers_depend_on_more_is_refused_with_the_reason(
+    changes: dict[str, Any], reason: str, save_model: Callable[..., Path]
+) -> None:
+    from transformers import Llama4TextConfig
+
+    with pytest.raises(CapstanError, match=reason):
+        open_model(save_model(Llama4TextConfig(**LLAMA_4 | changes)))

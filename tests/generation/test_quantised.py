@@ -169,7 +169,7 @@ def test_a_half_precision_checkpoint_computed_in_float32_differs_only_by_its_cac
     folder = save_model(family_config("llama"), dtype=dtype)
     reference = load_reference(folder)
     with open_engine(folder, place=MIXED) as engine:  # this machine multiplies float32 fastest
-        assert engine.model.skeleton.compute_dtype == torch.float32
+        assert engine.model.meta_model.compute_dtype == torch.float32
         answers = answers_of(engine, requests)
         check_promises(engine)
     assert answers == [

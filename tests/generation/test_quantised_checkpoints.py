@@ -132,7 +132,7 @@ def test_integers_in_groups_keep_their_few_bits(
     kind: str, weight_bits: int | None, bits_each: float, folders_of: Callable[..., Folders]
 ) -> None:
     model = open_model(folders_of(kind).quantised, dtype=torch.float32, weight_bits=weight_bits)
-    matrices = [each for unit in model.inventory.units[:-1] for each in unit if len(each.spec.shape) == 2]
+    matrices = [each for unit in model.manifest.units[:-1] for each in unit if len(each.spec.shape) == 2]
     assert len(matrices) == 7 * model.num_layers
     assert {each.stored_bytes * 8 / each.spec.num_elements for each in matrices} == {bits_each}
 
@@ -166,7 +166,7 @@ def test_a_cache_has_the_bits_of_the_weights_that_are_not_quantised(
     }
     save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
     model = open_model(folder)
-    assert model.skeleton.compute_dtype == torch.bfloat16
+    assert model.meta_model.compute_dtype == torch.bfloat16
     assert {each.codec.name for each in open_model(folder, dtype=torch.float32).formats} == {"cast:bfloat16"}
 
 

@@ -358,7 +358,7 @@ def test_what_the_checkpoint_holds_decides_whether_a_model_is_tied(
     _rewrite(tied, change)
     reference = load_reference(tied)
     with open_engine(tied) as engine:
-        assert engine.model.skeleton.is_tied == is_tied
+        assert engine.model.meta_model.is_tied == is_tied
         answers = answers_of(engine, requests)
     assert answers == [reference.greedy(request.prompt, request.max_tokens) for request in requests]
 

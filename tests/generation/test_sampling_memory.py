@@ -18,11 +18,11 @@ def test_more_is_foreseen_for_sampling_on_a_gpu_than_on_a_processor(
     for device_type in ("cpu", "cuda"):
         model = open_model(model_folder("llama"), device_type=device_type)
         placement = Placement(
-            weights=dict.fromkeys(model.inventory.placeable, "device"),
+            weights=dict.fromkeys(model.manifest.placeable, "device"),
             cache=("device",) * model.num_layers,
             activations="device",
             host_attention=0.0,
         )
         workspaces.append(workspace_of(model, placement, shape, extent_of(shape, lengths), logit_rows=rows))
     # Sorting holds its keys and values twice there: at least 16 bytes a logit more, 20 were measured.
-    assert workspaces[1] - workspaces[0] >= 20 * rows * model.skeleton.vocabulary_size
+    assert workspaces[1] - workspaces[0] >= 20 * rows * model.meta_model.vocabulary_size

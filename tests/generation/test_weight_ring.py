@@ -44,9 +44,9 @@ class Stream:
     ) -> None:
         from safetensors.torch import load_file
 
-        self.store, self.num_units = store, len(model.inventory.units)
-        self._units, self._ledger = model.inventory.units, ledger
-        self._tiers = {name: place(index) for index, name in enumerate(model.inventory.placeable)}
+        self.store, self.num_units = store, len(model.manifest.units)
+        self._units, self._ledger = model.manifest.units, ledger
+        self._tiers = {name: place(index) for index, name in enumerate(model.manifest.placeable)}
         self._saved = load_file(model.folder / "model.safetensors")
 
     def is_right(self, unit: int, tensors: dict[str, Tensor]) -> bool:
@@ -99,8 +99,8 @@ def open_stream(model: Model, scratch: Path) -> Callable[..., Any]:
         ledger = Ledger()
         with DiskSlab(scratch, 1 << 20) as disk, torch.inference_mode():
             store = WeightStore(
-                model.inventory,
-                {name: PLACES[place](index) for index, name in enumerate(model.inventory.placeable)},
+                model.manifest,
+                {name: PLACES[place](index) for index, name in enumerate(model.manifest.placeable)},
                 ring_slots=ring_slots,
                 checkpoint=model.checkpoint,
                 sources=model.sources,
@@ -209,7 +209,7 @@ def test_a_unit_has_arrived_when_its_last_byte_has(
 def test_a_decoded_unit_must_be_alone_where_there_is_room_for_one(
     ring_slots: int, is_alone: bool, model: Model, open_stream: Callable[..., Any]
 ) -> None:
-    is_decoded = any(not each.is_plain for unit in model.inventory.units for each in unit)
+    is_decoded = any(not each.is_plain for unit in model.manifest.units for each in unit)
     with open_stream("host", ring_slots=ring_slots) as stream:
         assert stream.store.must_be_alone == (is_alone and is_decoded)
 

@@ -41,12 +41,12 @@ class EngineModel:
         self._engine, self._bits = engine, bits
         self._tokenizer = engine.model.tokenizer
         self.name = engine.model.folder.name
-        self.limits: Limits = limits_of(engine.model.skeleton.config, self._tokenizer)
+        self.limits: Limits = limits_of(engine.model.meta_model.config, self._tokenizer)
 
     @property
     def identity(self) -> str:
         """The folder's digest, the bits, and what it computes in."""
-        dtype = self._engine.model.skeleton.compute_dtype
+        dtype = self._engine.model.meta_model.compute_dtype
         return f"engine/{folder_identity(self._engine.model.folder)}/{self._bits}/{dtype}"
 
     def encode(self, text: str) -> list[int]:

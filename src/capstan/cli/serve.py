@@ -215,7 +215,7 @@ def _token(file: Path | None) -> str | None:
 
 
 def _longest(planner: "Planner", asked: int | None) -> int:
-    context = planner.model.skeleton.max_positions
+    context = planner.model.meta_model.max_positions
     if asked is None:
         return min(context or 2048, 2048)
     if context is not None and asked > context:

@@ -154,7 +154,7 @@ class Engine:
         ledger = Ledger()
         encoded_bytes = sum(
             aligned(each.stored_bytes)
-            for each in model.inventory.placeable.values()
+            for each in model.manifest.placeable.values()
             if tiers[each.name] == "disk" and not each.is_as_in_checkpoint
         )
         with ExitStack() as opened:  # closed again if anything below fails
@@ -162,9 +162,9 @@ class Engine:
             disk = None
             if encoded_bytes and disk_folder:
                 disk = opened.enter_context(DiskSlab(disk_folder, encoded_bytes))
-            model.skeleton.to(device)
+            model.meta_model.to(device)
             weights = WeightStore(
-                model.inventory,
+                model.manifest,
                 tiers,
                 ring_slots=opening.placement.ring_slots,
                 checkpoint=model.checkpoint,
@@ -383,8 +383,8 @@ def _wake_libraries(model: Model, device: torch.device) -> None:
 
 
 def _use_libraries(model: Model, device: torch.device) -> None:
-    dtype, geometry = model.skeleton.compute_dtype, model.anatomy.layers[0].geometry
-    hidden = torch.zeros(64, model.skeleton.hidden_size, dtype=dtype, device=device)
+    dtype, geometry = model.meta_model.compute_dtype, model.profile.layers[0].geometry
+    hidden = torch.zeros(64, model.meta_model.hidden_size, dtype=dtype, device=device)
     heads = torch.zeros(64, geometry.num_query_heads, geometry.key_size, dtype=dtype, device=device)
     if geometry.key_size == geometry.value_size:
         keys = heads[:, : geometry.num_key_heads]

@@ -64,7 +64,7 @@ class CapstanLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         self.tokenizer = self.engine.model.tokenizer
         if self.tokenizer is None:
             raise InputError(f"{pretrained} has no tokenizer, without which tasks cannot be asked.")
-        context = self.engine.model.skeleton.max_positions or 2048
+        context = self.engine.model.meta_model.max_positions or 2048
         self.max_length = min(int(max_length or context), context)
         self.max_gen_toks, self._add_bos = max_gen_toks, add_bos_token
 

@@ -31,11 +31,11 @@ class Model:
     """A model folder, opened: everything that can be known before a weight is read."""
 
     folder: Path
-    skeleton: MetaModel
-    anatomy: ModelProfile
+    meta_model: MetaModel
+    profile: ModelProfile
     checkpoint: Checkpoint
     sources: Sources
-    inventory: WeightManifest
+    manifest: WeightManifest
     formats: tuple[RowFormat, ...]
     tokenizer: Any
     stop_tokens: frozenset[int]
@@ -43,26 +43,26 @@ class Model:
 
     @property
     def num_layers(self) -> int:
-        return self.skeleton.num_layers
+        return self.meta_model.num_layers
 
     @property
     def num_parameters(self) -> int:
-        tensors = [*self.inventory.placeable.values(), *self.inventory.rest]
+        tensors = [*self.manifest.placeable.values(), *self.manifest.rest]
         return sum(tensor.spec.num_elements for tensor in tensors)
 
     @property
     def hidden_bytes(self) -> int:
         """Bytes of one token's hidden states."""
-        return self.skeleton.hidden_size * self.skeleton.compute_dtype.itemsize
+        return self.meta_model.hidden_size * self.meta_model.compute_dtype.itemsize
 
     def part(self, stage: Stage) -> "Model":
         """What a stage holds of the model."""
-        skeleton = self.skeleton.part(stage.first, stage.end)
+        meta_model = self.meta_model.part(stage.first, stage.end)
         return replace(
             self,
-            skeleton=skeleton,
-            anatomy=ModelProfile(skeleton),
-            inventory=self.inventory.part(stage.first, stage.end),
+            meta_model=meta_model,
+            profile=ModelProfile(meta_model),
+            manifest=self.manifest.part(stage.first, stage.end),
             formats=self.formats[stage.first : stage.end],
             stage=stage,
         )
@@ -92,13 +92,13 @@ def open_model(
         raise InputError(f"There is no folder {folder}. Name a folder with a model in Hugging Face format.")
     refuse_other_models(folder)
     checkpoint = checkpoint or open_checkpoint(folder)
-    skeleton = open_meta_model(folder, dtype or dominant_dtype(checkpoint))
+    meta_model = open_meta_model(folder, dtype or dominant_dtype(checkpoint))
     if isinstance(checkpoint, DecodedCheckpoint):
-        refuse_transposed(skeleton)
-        checkpoint = checkpoint.in_dtype(skeleton.compute_dtype)
-    sources = map_checkpoint(skeleton, checkpoint)
-    inventory = list_weights(skeleton, checkpoint, sources, weight_bits=weight_bits, device_type=device_type)
-    anatomy = ModelProfile(skeleton)
+        refuse_transposed(meta_model)
+        checkpoint = checkpoint.in_dtype(meta_model.compute_dtype)
+    sources = map_checkpoint(meta_model, checkpoint)
+    manifest = list_weights(meta_model, checkpoint, sources, weight_bits=weight_bits, device_type=device_type)
+    profile = ModelProfile(meta_model)
     formats = tuple(
         RowFormat(
             geometry=layer.geometry,
@@ -106,23 +106,23 @@ def open_model(
                 cache_bits,
                 layer.geometry,
                 checkpoint_dtype=dominant_dtype(checkpoint),
-                compute_dtype=skeleton.compute_dtype,
+                compute_dtype=meta_model.compute_dtype,
             ),
-            dtype=skeleton.compute_dtype,
+            dtype=meta_model.compute_dtype,
             device_type=device_type,
         )
-        for layer in anatomy.layers
+        for layer in profile.layers
     )
     return Model(
         folder=folder,
-        skeleton=skeleton,
-        anatomy=anatomy,
+        meta_model=meta_model,
+        profile=profile,
         checkpoint=checkpoint,
         sources=sources,
-        inventory=inventory,
+        manifest=manifest,
         formats=formats,
         tokenizer=_tokenizer(folder),
-        stop_tokens=_stop_tokens(folder, skeleton.config),
+        stop_tokens=_stop_tokens(folder, meta_model.config),
     )
 
 

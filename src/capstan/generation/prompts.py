@@ -35,7 +35,7 @@ def check_bias(model: Model, logit_bias: Mapping[int, float]) -> None:
 
 
 def _check_tokens(model: Model, tokens: Iterable[int], what: str) -> None:
-    size = model.skeleton.vocabulary_size
+    size = model.meta_model.vocabulary_size
     if not all(0 <= token < size for token in tokens):
         raise InputError(f"{what} has token ids outside 0 … {size - 1}, the model's vocabulary.")
 
@@ -115,7 +115,7 @@ class ContextExceeded(InputError):
 
 def check_length(model: Model, num_prompt_tokens: int, num_new: int) -> None:
     """Raise `ContextExceeded` if a prompt and its answer exceed the model's context."""
-    longest = model.skeleton.max_positions
+    longest = model.meta_model.max_positions
     if longest is not None and num_prompt_tokens + num_new > longest:
         raise ContextExceeded(
             f"A prompt of {num_prompt_tokens:,} tokens and {num_new:,} new ones exceed the model's "

@@ -28,6 +28,9 @@ from capstan.storage.live_bytes import LiveBytes
 _SAMPLED_TOKENS = (256, 512)
 
 
+# A number that is nothing else in a model: no head, expert or width.
+_COUNTED_TOKENS = 61
+
 # Operations around a layer's own: attention, rows, hidden states.
 _OWN_OPERATIONS = 20
 # What Python does around each takes about twice as long as starting it.
@@ -56,6 +59,7 @@ class ModelProfile:
         try:
             self.call_bytes_per_token = self._call_bytes_per_token()
             self.layers = self._layers()
+            self._refuse_own_positions()
             self.dispatch_s = self._dispatch_s()
         except CapstanError:
             raise
@@ -77,7 +81,7 @@ class ModelProfile:
         layers = tuple(self._layer(index, front.calls[index], reader) for index in range(meta.num_layers))
         name = type(meta.model).__name__
         geometries = {meta.first_layer + index: layer.geometry for index, layer in enumerate(layers)}
-        require_windows_of_cache(meta.model.config, geometries, name)
+        require_windows_of_cache(meta.model.config, geometries, meta.max_positions, name)
         return layers
 
     def _watched_front(self) -> FrontOutput:
@@ -152,6 +156,20 @@ class ModelProfile:
             flops_per_token=flops_per_token(meta, index),
         )
 
+    def _refuse_own_positions(self) -> None:
+        """A layer that counts its tokens takes the place in a batch for the place in a sequence."""
+        front = self._front(_COUNTED_TOKENS)
+        for index in range(self._meta.num_layers):
+            counting = _CountingWatch(_COUNTED_TOKENS)
+            self._run_on_meta(index, front.calls[index], _COUNTED_TOKENS, _attend_on_meta, counting)
+            if counting.is_seen:
+                name = type(self._meta.model).__name__
+                raise UnsupportedModel(
+                    f"Layer {self._meta.first_layer + index} of {name} numbers its tokens by itself, as for "
+                    "a scale that depends on the position; in this engine's batches, which hold several "
+                    "sequences one after the other, the numbers would be wrong."
+                )
+
     def workspace_bytes(self, num_tokens: int) -> int:
         """Peak bytes of intermediate values while any one layer runs over `num_tokens` tokens, apart from
         its input and the insides of attention. They grow with the tokens, so two measurements say all."""
@@ -206,6 +224,20 @@ class ModelProfile:
             observer or nullcontext(),
         ):
             meta.layer(index, hidden, call)
+
+
+class _CountingWatch(TorchDispatchMode):
+    """Sees whether so many numbers are made, from 0 or any other on."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._count, self.is_seen = count, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.arange and result.numel() == self._count:
+            self.is_seen = True
+        return result
 
 
 class _OperationCounter(TorchDispatchMode):
@@ -321,8 +353,9 @@ def _stand_in_for(experts: nn.Module) -> Any:
         for width in parameter.shape[1:]
     ]
 
-    def forward(hidden: Tensor, chosen: Tensor, *_: Any, **__: Any) -> Tensor:
-        visits = chosen.numel()
+    def forward(hidden: Tensor, chosen: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+        # Some are told which expert a token visits, some are given a row for each visit.
+        visits = hidden.shape[0] if chosen is None else chosen.numel()
         kept = [hidden.new_empty(visits, width) for width in (*widths, hidden.shape[-1], hidden.shape[-1])]
         return kept[0].new_empty(hidden.shape)
 

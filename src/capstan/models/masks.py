@@ -61,10 +61,12 @@ def geometry_by_mask(
     )
 
 
-def require_windows_of_cache(config: Any, geometries: Mapping[int, AttentionGeometry], name: str) -> None:
+def require_windows_of_cache(
+    config: Any, geometries: Mapping[int, AttentionGeometry], longest: int | None, name: str
+) -> None:
     """Refuse models whose masks show what their cache in transformers forgets while it generates.
 
-    `geometries` are those of some layers, by their numbers in the model.
+    `geometries` are those of some layers, by their numbers in the model; `longest` is its longest sequence.
 
     Raises:
         UnsupportedModel: a layer's cache keeps a window that its mask does not have.
@@ -77,7 +79,9 @@ def require_windows_of_cache(config: Any, geometries: Mapping[int, AttentionGeom
     ]
     for index, geometry in geometries.items():
         window = kept[index] if index < len(kept) else None
-        if window is not None and (geometry.sliding_window is None or geometry.sliding_window > window):
+        if window is None or (longest is not None and window >= longest):
+            continue
+        if geometry.sliding_window is None or geometry.sliding_window > window:
             raise UnsupportedModel(
                 f"Layer {index} of {name} shows its tokens all positions, but generates from a cache of the "
                 f"last {window}: what is right depends on how it is asked. Remove sliding_window from its "

@@ -210,6 +210,14 @@ class MetaModel:
                     if buffer is not None and not buffer.is_meta:
                         part._buffers[name] = buffer.to(device)
 
+    @cached_property
+    def _base(self) -> tuple[Any, str]:
+        """The model without its head, and what the names of its tensors begin with."""
+        if self.model.base_model is not self.model:
+            return self.model.base_model, f"{self.model.base_model_prefix}."
+        path = self.layers_path.rpartition(".")[0]  # Llama 4 names a base that only its larger models have
+        return self.model.get_submodule(path), f"{path}." if path else ""
+
     def front(
         self, rows: Tensor, positions: Tensor, rest: Weights, *, numbers: Tensor | None = None
     ) -> FrontOutput:
@@ -221,7 +229,7 @@ class MetaModel:
         # Row i of the gathered table is token i.
         tokens = torch.arange(rows.shape[0], device=rows.device) if numbers is None else numbers
         calls: list[tuple[Tensor, LayerCall]] = []
-        base, prefix = self.model.base_model, f"{self.model.base_model_prefix}."
+        base, prefix = self._base
         weights = {name: tensor for name, tensor in rest.items() if name.startswith(prefix)} | {
             self.table: rows
         }

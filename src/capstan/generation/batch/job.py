@@ -116,7 +116,7 @@ def open_journal(
 ) -> Journal | FollowedJournal:
     """The output file, ready to be appended to; see `Journal` for when it refuses. Of several ranks, the
     first has it."""
-    codecs = {tensor.codec.name for unit in model.inventory.units for tensor in unit}
+    codecs = {tensor.codec.name for unit in model.manifest.units for tensor in unit}
     job = {
         "input": batch.digest,
         "--shard": None if batch.shard == WHOLE else str(batch.shard),
@@ -135,7 +135,7 @@ def open_journal(
 
 def _fingerprint(model: Model) -> str:
     """What the model is: its configuration, its tensors' shapes, and some bytes of each."""
-    digest = hashlib.sha256(model.skeleton.config.to_json_string().encode())
+    digest = hashlib.sha256(model.meta_model.config.to_json_string().encode())
     checkpoint = model.checkpoint
     if isinstance(checkpoint, DecodedCheckpoint):  # of which reading a little decodes much
         checkpoint = checkpoint.stored

@@ -187,7 +187,7 @@ def batch_request(custom_id: str, body: Body, url: str | None, model: Model, max
         else tokens_of(model, body.prompt or "")
     )
     cuts = body.max_tokens == 0 and body.max_completion_tokens is None and body.echo and not is_chat
-    longest = model.skeleton.max_positions
+    longest = model.meta_model.max_positions
     fitting = max_tokens if longest is None else max(1, min(max_tokens, longest - len(prompt)))
     request = Request(
         id=custom_id,

@@ -107,7 +107,7 @@ def size_of(works: Sequence[BatchWork], on_host: frozenset[int], prefix: int) ->
 def weights_traffic(model: Model, placement: Placement) -> Traffic:
     """Bytes of weights that one sweep streams, the embedding's rows apart."""
     moved = {HOST_TO_DEVICE: 0, DISK_TO_HOST: 0}
-    for unit in model.inventory.units:
+    for unit in model.manifest.units:
         for tensor in unit:
             tier = placement.weights[tensor.name]
             moved[HOST_TO_DEVICE] += tensor.stored_bytes if tier != "device" else 0
@@ -117,10 +117,10 @@ def weights_traffic(model: Model, placement: Placement) -> Traffic:
 
 def sweep_traffic(model: Model, placement: Placement, size: SweepSize, *, keeps_cache: bool) -> Traffic:
     """Bytes that one sweep moves, by link and content."""
-    parts, inventory = [size.waves * weights_traffic(model, placement)], model.inventory
-    if inventory.holds_table:
-        rows = size.tokens * inventory.row_bytes
-        parts.append(_in_from(placement.weights[inventory.table.name], "weights", rows))
+    parts, manifest = [size.waves * weights_traffic(model, placement)], model.manifest
+    if manifest.holds_table:
+        rows = size.tokens * manifest.row_bytes
+        parts.append(_in_from(placement.weights[manifest.table.name], "weights", rows))
     if keeps_cache:
         for layout, tier in zip(model.formats, placement.cache, strict=True):
             if tier == "device":
@@ -135,7 +135,7 @@ def sweep_traffic(model: Model, placement: Placement, size: SweepSize, *, keeps_
             parts.append(_in_from("host", "cache", prefixes * layout.row_bytes))
             staying = size.rows_read_on_host * layout.row_bytes
             parts.append(Traffic({(DISK_TO_HOST, "cache"): staying if tier == "disk" else 0}))
-            geometry, itemsize = layout.geometry, model.anatomy.itemsize
+            geometry, itemsize = layout.geometry, model.profile.itemsize
             each = size.decoding_on_host * geometry.num_query_heads * itemsize
             parts.append(Traffic({(DEVICE_TO_HOST, "activations"): each * geometry.key_size}))
             parts.append(Traffic({(HOST_TO_DEVICE, "activations"): each * geometry.value_size}))
@@ -169,13 +169,13 @@ def sweep_busy_s(
     machine = rates.machine
     device, host = machine.device("device"), machine.device("host")
     rate = flops_rate(model, machine)
-    flops = sum(layer.flops_per_token for layer in model.anatomy.layers) * size.tokens
-    head = sum(each.spec.num_elements for each in model.inventory.units[-1])
+    flops = sum(layer.flops_per_token for layer in model.profile.layers) * size.tokens
+    head = sum(each.spec.num_elements for each in model.manifest.units[-1])
     flops += 2 * head * max(size.decoding, size.chunks)
-    weight_bytes = sum(each.computed_bytes for unit in model.inventory.units for each in unit)
+    weight_bytes = sum(each.computed_bytes for unit in model.manifest.units for each in unit)
     # A unit's weights are read from device memory by every chunk, and written once when they are decoded.
     touched = size.chunks * weight_bytes
-    touched += 2 * size.waves * sum(each.decoded_bytes for unit in model.inventory.units for each in unit)
+    touched += 2 * size.waves * sum(each.decoded_bytes for unit in model.manifest.units for each in unit)
     on_device = on_host = layers_on_host = 0
     attended = 0.0  # on the host
     for layout, tier in zip(model.formats, placement.cache, strict=True):
@@ -185,7 +185,7 @@ def sweep_busy_s(
         on_host += hosted * layout.row_bytes
         attended += size.rows_attended_on_host * layout.row_bytes if tier != "device" else 0.0
         shared = (size.decoding - (size.decoding_on_host if tier != "device" else 0)) * size.prefix_rows
-        decoded_bytes = 0 if layout.is_plain else 2 * geometry.cached_elements * model.anatomy.itemsize
+        decoded_bytes = 0 if layout.is_plain else 2 * geometry.cached_elements * model.profile.itemsize
         on_device += (size.rows_read - hosted + shared) * (layout.row_bytes + decoded_bytes)
         layers_on_host += tier != "device"
     busy = {link: machine_link_s(machine, link, traffic.on(link)) for link in traffic.links}
@@ -193,13 +193,13 @@ def sweep_busy_s(
     prompts, steps = size.prompt_chunks, size.chunks - size.prompt_chunks
     if device.kind == "cpu":
         computed_s = max(flops / rate, (touched + on_device) / memory_rate)
-        busy[DEVICE_COMPUTE] = computed_s + size.chunks * model.num_layers * model.anatomy.dispatch_s
+        busy[DEVICE_COMPUTE] = computed_s + size.chunks * model.num_layers * model.profile.dispatch_s
     else:
         computed_s = max(flops / (_PRODUCT_SHARE * rate), touched / memory_rate)
         computed_s += on_device / (_ROWS_SHARE * memory_rate) + steps * model.num_layers * _STEP_S
         # It computes one operation while the next is being dispatched.
         dispatched = model.num_layers * (prompts + _REPLAY_SHARE * steps)
-        busy[DEVICE_COMPUTE] = max(computed_s, dispatched * model.anatomy.dispatch_s)
+        busy[DEVICE_COMPUTE] = max(computed_s, dispatched * model.profile.dispatch_s)
         if on_host and HOST_TO_DEVICE in busy:
             busy[HOST_TO_DEVICE] /= _LINK_SHARE
     if on_host:
@@ -214,7 +214,7 @@ def sweep_busy_s(
 def flops_rate(model: Model, machine: Machine) -> float:
     """Operations per second of matrix products in the model's dtype on the device."""
     rates = machine.device("device").matmul_flops_per_s
-    name = str(model.skeleton.compute_dtype).removeprefix("torch.")
+    name = str(model.meta_model.compute_dtype).removeprefix("torch.")
     return rates.get(name) or rates["float32"]
 
 
@@ -231,10 +231,10 @@ def wall_s(
     if machine.device("device").kind != "cpu":
         device, host = busy_s[DEVICE_COMPUTE], busy_s.get(HOST_ATTENTION, 0.0)
         longest = max(*busy_s.values(), (device + host) / size.batches)
-        longest += (size.chunks + 2) * model.anatomy.dispatch_s
+        longest += (size.chunks + 2) * model.profile.dispatch_s
         if placement.ring_slots > 2 or not host:
             return longest
-        if any(each.decoded_bytes for unit in model.inventory.units for each in unit):
+        if any(each.decoded_bytes for unit in model.manifest.units for each in unit):
             return max(longest, host + device)
         lost = min(host, busy_s.get(HOST_TO_DEVICE, 0.0)) / size.batches
         return longest + (lost if size.batches > 1 else 0.0)

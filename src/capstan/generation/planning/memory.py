@@ -106,7 +106,7 @@ def demand_of(
 ) -> Demand:
     """What `model` takes with this placement and block."""
     extent = extent_of(shape, lengths)
-    weights = buffers_for(model.inventory, placement.weights, ring_slots=placement.ring_slots)
+    weights = buffers_for(model.manifest, placement.weights, ring_slots=placement.ring_slots)
     cache = cache_buffers(model.formats, placement, shape, tokens=extent.chunk_tokens)
     hidden = activation_buffers(
         placement.activations,
@@ -115,7 +115,7 @@ def demand_of(
     )
 
     def resting(tier: Tier) -> int:
-        placed = model.inventory.placeable.values()
+        placed = model.manifest.placeable.values()
         return sum(aligned(each.stored_bytes) for each in placed if placement.weights[each.name] == tier)
 
     def cached(tier: Tier) -> int:
@@ -126,7 +126,7 @@ def demand_of(
 
     device = {
         "weights at rest": resting("device"),
-        "norms and positions": sum(aligned(each.computed_bytes) for each in model.inventory.rest),
+        "norms and positions": sum(aligned(each.computed_bytes) for each in model.manifest.rest),
         "buffers for arriving weights": weights.device_bytes,
         "KV cache": cached("device"),
         "buffers for arriving cache": cache.device_bytes if keeps_cache else 0,
@@ -134,7 +134,7 @@ def demand_of(
         "hidden states for the next rank": outbox_bytes(
             model.stage, sweep_bytes=extent.sweep_tokens * model.hidden_bytes
         ),
-        "layer arguments": extent.sweep_tokens * model.anatomy.call_bytes_per_token,
+        "layer arguments": extent.sweep_tokens * model.profile.call_bytes_per_token,
         "stopped batches": shape.num_slots * _stopped_bytes(model, placement) if keeps_cache else 0,
         "workspace": workspace_of(model, placement, shape, extent, logit_rows=logit_rows),
         "recorded steps": _TAPE_BYTES * len(shape.batches) if on_cuda and keeps_cache else 0,
@@ -151,7 +151,7 @@ def demand_of(
     disk = {
         "weights in fewer bits": sum(
             aligned(each.stored_bytes)
-            for each in model.inventory.placeable.values()
+            for each in model.manifest.placeable.values()
             if placement.weights[each.name] == "disk" and not each.is_as_in_checkpoint
         ),
         "KV cache": cached("disk"),
@@ -170,11 +170,11 @@ def workspace_of(
     model: Model, placement: Placement, shape: BlockShape, extent: Extent, *, logit_rows: int
 ) -> int:
     """Temporary device memory of the hungriest step: the front, one layer over one chunk, or the logits."""
-    itemsize = model.anatomy.itemsize
+    itemsize = model.profile.itemsize
     tokens = extent.chunk_tokens
-    front = tokens * (3 * model.inventory.row_bytes + 6 * model.hidden_bytes)
-    layer = model.anatomy.workspace_bytes(tokens) + _attention_bytes(model, placement, shape, extent)
-    vocabulary = model.skeleton.vocabulary_size
+    front = tokens * (3 * model.manifest.row_bytes + 6 * model.hidden_bytes)
+    layer = model.profile.workspace_bytes(tokens) + _attention_bytes(model, placement, shape, extent)
+    vocabulary = model.meta_model.vocabulary_size
     sampling = SAMPLING_BYTES_PER_LOGIT[model.formats[0].device_type]
     back = logit_rows * (vocabulary * (itemsize + sampling) + 8 * model.hidden_bytes)
     return max(front, layer, back) + _SMALL_TENSORS_BYTES
@@ -183,7 +183,7 @@ def workspace_of(
 def _stopped_bytes(model: Model, placement: Placement) -> int:
     """What a decoding sequence keeps on the device while its batch is stopped inside its attention."""
     away = [layout for layout, tier in zip(model.formats, placement.cache, strict=True) if tier != "device"]
-    widths = [layout.row_bytes + 2 * _query_bytes(layout, model.anatomy.itemsize) for layout in away]
+    widths = [layout.row_bytes + 2 * _query_bytes(layout, model.profile.itemsize) for layout in away]
     return 4 * model.hidden_bytes + max(widths) if widths else 0
 
 
@@ -207,7 +207,7 @@ def _attention_bytes(model: Model, placement: Placement, shape: BlockShape, exte
                     longest_prompt=extent.longest_prompt,
                     num_decoding=batch.slots if decodes else 0,
                     num_rows=batch.capacity,
-                    itemsize=model.anatomy.itemsize,
+                    itemsize=model.profile.itemsize,
                     device_type=layout.device_type,
                 )
                 + (layout.decoded_bytes(batch.slots * batch.capacity) if decodes else 0),
@@ -218,13 +218,13 @@ def _attention_bytes(model: Model, placement: Placement, shape: BlockShape, exte
         if shape.prefix:  # decoded, and joined to a prompt's own keys and values
             joined = (shape.prefix + extent.longest_prompt) * layout.geometry.cached_elements
             mask = 4 * extent.longest_prompt * (extent.longest_prompt - shape.prefix)
-            inside += layout.decoded_bytes(shape.prefix) + joined * model.anatomy.itemsize + mask
+            inside += layout.decoded_bytes(shape.prefix) + joined * model.profile.itemsize + mask
         # New keys and values made contiguous, encoded, and joined to rows.
         elements = extent.chunk_tokens * layout.geometry.cached_elements
-        encoding = elements * (model.anatomy.itemsize + (0 if isinstance(layout.codec, Identity) else 16))
+        encoding = elements * (model.profile.itemsize + (0 if isinstance(layout.codec, Identity) else 16))
         rows = (2 + ROWS_IN_FLIGHT) * extent.chunk_tokens * layout.row_bytes
         # The packed result, and on device=host machines its copy.
-        result = 2 * extent.chunk_tokens * _query_bytes(layout, model.anatomy.itemsize)
+        result = 2 * extent.chunk_tokens * _query_bytes(layout, model.profile.itemsize)
         most = max(most, inside + encoding + rows + result)
     return most
 

@@ -141,7 +141,7 @@ class _Build:
         if not given.fixes_weights:
             nowhere = dict.fromkeys(given.draft.weights, DEVICE)
             slots = given.draft.ring_slots
-            fixed["device"] += buffers_for(given.model.inventory, nowhere, ring_slots=slots).device_bytes
+            fixed["device"] += buffers_for(given.model.manifest, nowhere, ring_slots=slots).device_bytes
         return fixed
 
     # --- variables ---------------------------------------------------------------------------------------
@@ -163,8 +163,8 @@ class _Build:
     def weights(self) -> None:
         """Tensors by kind, and the two rings through which they stream: a slot holds the largest unit's
         streamed part, a layer's or the head's."""
-        inventory, program = self.given.model.inventory, self.program
-        head = inventory.head.name if inventory.head else None
+        manifest, program = self.given.model.manifest, self.program
+        head = manifest.head.name if manifest.head else None
         slots: dict[str, dict[bool, Terms]] = {name: {True: {}, False: {}} for name in ("device", "host")}
         for kind, tensors in self.kinds.items():
             size, total = aligned(tensors[0].stored_bytes), len(tensors)
@@ -172,8 +172,8 @@ class _Build:
             self.use["device"][names["device"]] = size
             self.use["host"][names["host"]] = size
             self.use["disk"][names["disk"]] = 0 if tensors[0].is_as_in_checkpoint else size
-            if kind == inventory.table.name != head:  # only its rows ever move
-                self._stream(names, self.size.tokens * inventory.row_bytes)
+            if kind == manifest.table.name != head:  # only its rows ever move
+                self._stream(names, self.size.tokens * manifest.row_bytes)
                 continue
             self._stream(names, size * self.size.waves)
             is_head = kind == head
@@ -332,10 +332,10 @@ def _whole(counts: Mapping[Tier, float]) -> dict[Tier, int]:
 
 def _kinds(model: Model) -> dict[str, list[StoredTensor]]:
     """Tensors that differ only in their layer, by their name within it; table and head by their own."""
-    inventory = model.inventory
-    alone = [inventory.table] if inventory.holds_table else []
-    kinds = {each.name: [each] for each in (*alone, *inventory.units[-1])}
-    for index, unit in enumerate(inventory.units[:-1], inventory.first_layer):
+    manifest = model.manifest
+    alone = [manifest.table] if manifest.holds_table else []
+    kinds = {each.name: [each] for each in (*alone, *manifest.units[-1])}
+    for index, unit in enumerate(manifest.units[:-1], manifest.first_layer):
         for tensor in unit:
             local = tensor.name.split(f".{index}.", 1)[1]
             kinds.setdefault(f"{local} {tensor.spec.shape} {tensor.codec.name}", []).append(tensor)

@@ -10,7 +10,7 @@ def choices_of(
     model: Model, placement: Placement, shape: BlockShape, *, keeps_cache: bool
 ) -> tuple[Choice, ...]:
     """What was decided, and why, for `explain`."""
-    tensors = list(model.inventory.placeable.values())
+    tensors = list(model.manifest.placeable.values())
     where = [placement.weights[each.name] for each in tensors]
     sizes = [each.stored_bytes for each in tensors]
     first = shape.batches[0]

@@ -74,7 +74,7 @@ class Planner:
     @property
     def _logit_rows(self) -> int:
         """So many rows of logits at once that they take about a sixteenth of the device."""
-        row_bytes = 48 * self.model.skeleton.vocabulary_size
+        row_bytes = 48 * self.model.meta_model.vocabulary_size
         return max(1, min(512, self.budgets["device"] // (16 * row_bytes)))
 
     def plan(
@@ -227,7 +227,7 @@ class Planner:
         draft = Placement(
             weights=opened.weights
             if opened
-            else self._wished_weights() or dict.fromkeys(self.model.inventory.placeable, near),
+            else self._wished_weights() or dict.fromkeys(self.model.manifest.placeable, near),
             cache=self._wished_cache() or (near,) * self.model.num_layers,
             activations=activations,
             host_attention=share,
@@ -258,7 +258,7 @@ class Planner:
     def _wished_weights(self) -> dict[str, Tier] | None:
         if self.wish.weights is None:
             return None
-        tensors = list(self.model.inventory.placeable.values())
+        tensors = list(self.model.manifest.placeable.values())
         tiers = spread([each.stored_bytes for each in tensors], self.wish.weights)
         return {each.name: tier for each, tier in zip(tensors, tiers, strict=True)}
 
@@ -342,7 +342,7 @@ class Planner:
         away: Tier = "disk" if self.budgets["disk"] else "host"
         furthest: dict[str, Tier] = {
             name: "disk" if tensor.is_as_in_checkpoint else away
-            for name, tensor in self.model.inventory.placeable.items()
+            for name, tensor in self.model.manifest.placeable.items()
         }
         placement = Placement(
             weights=job.opened.weights if job.opened else self._wished_weights() or furthest,
@@ -363,7 +363,7 @@ class Planner:
 
     def _written(self, placement: Placement, shape: BlockShape, job: Task) -> Plan:
         model, lengths, demand = self.model, job.lengths, self._demand(placement, shape, job)
-        bits = model.inventory.stored_bytes * 8 / max(1, model.num_parameters)
+        bits = model.manifest.stored_bytes * 8 / max(1, model.num_parameters)
         return Plan(
             system="generation",
             title=f"{model.folder.name}, {model.num_parameters / 1e6:,.1f} M parameters at {bits:.1f} bits, "

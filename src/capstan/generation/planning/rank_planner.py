@@ -103,19 +103,19 @@ def rank_planner(planner: Planner, group: Group, device: torch.device, *, probes
     The layers are divided so that the slowest rank reads its weights in the least time.
     `probes` measures the links between the ranks.
     """
-    inventory = planner.model.inventory
-    if inventory.num_layers < group.size:
+    manifest = planner.model.manifest
+    if manifest.num_layers < group.size:
         raise UsageError(
-            f"{planner.model.folder} has {inventory.num_layers} layers, too few for {group.size} ranks."
+            f"{planner.model.folder} has {manifest.num_layers} layers, too few for {group.size} ranks."
         )
-    sizes = [sum(each.stored_bytes for each in unit) for unit in inventory.units]
+    sizes = [sum(each.stored_bytes for each in unit) for unit in manifest.units]
     capacities = [Capacity(*each) for each in group.gather(_capacity(planner))]
     run = divide(sizes[:-1], sizes[-1], capacities)[group.rank]
     stage = Stage(
         group=group,
         first=run.start,
         end=run.stop,
-        num_layers=inventory.num_layers,
+        num_layers=manifest.num_layers,
         links=_probed_links(group, device) if probes else (),
     )
     known = {name: getattr(planner, name) for name in planner.__dataclass_fields__}

@@ -35,7 +35,7 @@ class WeightBuffers(NamedTuple):
         return STAGING_SLOTS * self.host_slot_bytes
 
 
-def buffers_for(inventory: WeightManifest, tiers: Mapping[str, Tier], *, ring_slots: int) -> WeightBuffers:
+def buffers_for(manifest: WeightManifest, tiers: Mapping[str, Tier], *, ring_slots: int) -> WeightBuffers:
     """The buffers that a placement of the weights needs."""
 
     def largest(sizes: Iterator[int]) -> int:
@@ -46,8 +46,8 @@ def buffers_for(inventory: WeightManifest, tiers: Mapping[str, Tier], *, ring_sl
 
     return WeightBuffers(
         ring_slots=ring_slots,
-        device_slot_bytes=largest(part(unit, "host", "disk") for unit in inventory.units),
-        host_slot_bytes=largest(part(unit, "disk") for unit in inventory.units),
-        decoded_bytes=largest(sum(aligned(each.decoded_bytes) for each in unit) for unit in inventory.units),
-        scratch_bytes=largest(each.scratch_bytes for unit in inventory.units for each in unit),
+        device_slot_bytes=largest(part(unit, "host", "disk") for unit in manifest.units),
+        host_slot_bytes=largest(part(unit, "disk") for unit in manifest.units),
+        decoded_bytes=largest(sum(aligned(each.decoded_bytes) for each in unit) for unit in manifest.units),
+        scratch_bytes=largest(each.scratch_bytes for unit in manifest.units for each in unit),
     )

@@ -69,8 +69,8 @@ class BlockSchedule:
 
     def __init__(
         self,
-        skeleton: MetaModel,
-        anatomy: ModelProfile,
+        meta_model: MetaModel,
+        profile: ModelProfile,
         weights: WeightStore,
         activations: Activations,
         *,
@@ -81,7 +81,7 @@ class BlockSchedule:
         ledger: Ledger,
         stopwatch: Stopwatch,
     ) -> None:
-        self._skeleton, self._anatomy = skeleton, anatomy
+        self._meta_model, self._profile = meta_model, profile
         self._weights, self._activations, self._cache = weights, activations, cache
         self._exchange = exchange  # with the ranks that have the layers before and after
         self._logit_rows, self._device, self._ledger = logit_rows, device, ledger
@@ -89,7 +89,7 @@ class BlockSchedule:
         self._left: Counter[int] = Counter()  # batches that have not passed each layer that was begun
         self._stream = stream_of(device, "compute")
         self._clock = Clock(stopwatch, DEVICE_COMPUTE)
-        self._visits = Visits(skeleton, anatomy, activations, cache=cache, device=device, clock=self._clock)
+        self._visits = Visits(meta_model, profile, activations, cache=cache, device=device, clock=self._clock)
 
     @torch.inference_mode()
     def sweep(
@@ -133,8 +133,8 @@ class BlockSchedule:
         *,
         is_last: bool,
     ) -> None:
-        self._skeleton.attend_with(self._visits.attend)  # each time: another job may have run in between
-        visits = zigzag(self._skeleton.num_layers, [work.batch for work in works])
+        self._meta_model.attend_with(self._visits.attend)  # each time: another job may have run in between
+        visits = zigzag(self._meta_model.num_layers, [work.batch for work in works])
         self._weights.expect(sweeps=1 if is_last else 2)
         if self._exchange is not None:
             self._exchange.begin()
@@ -155,11 +155,11 @@ class BlockSchedule:
         except BaseException:
             self._abandon()
             raise
-        last_unit = self._take(self._skeleton.num_layers)
+        last_unit = self._take(self._meta_model.num_layers)
         for batch in batches.values():
             hidden = self._activations.take(batch.work.batch)
             if self._exchange is None or self._exchange.has_back:
-                self._back(batch, hidden, last_unit[self._skeleton.head], positions_of, on_logits)
+                self._back(batch, hidden, last_unit[self._meta_model.head], positions_of, on_logits)
             else:
                 self._exchange.send(hidden)
         self._weights.release()
@@ -173,7 +173,7 @@ class BlockSchedule:
         self._left[layer] = num_batches
         weights = self._take(layer)
         self._visits.unit_places = id(weights)
-        self._skeleton.equip(layer, weights)
+        self._meta_model.equip(layer, weights)
 
     def _take(self, unit: int) -> Mapping[str, Tensor]:
         if not self._weights.has_arrived():
@@ -199,7 +199,7 @@ class BlockSchedule:
         layer = passage.visit.layer
         self._left[layer] -= 1
         if not self._left[layer]:
-            self._skeleton.strip(layer)
+            self._meta_model.strip(layer)
             self._weights.release()
 
     def _finish_until_free(self, visit: Visit) -> None:
@@ -222,7 +222,7 @@ class BlockSchedule:
             passage.throw()
         self._stopped.clear()
         for layer in [layer for layer, left in self._left.items() if left]:
-            self._skeleton.strip(layer)
+            self._meta_model.strip(layer)
         self._left.clear()
 
     def _front(self, work: BatchWork, tokens_of: TokensOf) -> Batch:
@@ -233,7 +233,7 @@ class BlockSchedule:
             tokens = torch.tensor([token for each in chunk.works for token in tokens_of(each)])
             positions = torch.cat([torch.arange(each.start, each.end) for each in chunk.works])
             rows = self._weights.rows(tokens, self._ledger) if starts_here else self._no_rows(len(tokens))
-            output = self._skeleton.front(rows, positions.to(self._device), self._weights.rest)
+            output = self._meta_model.front(rows, positions.to(self._device), self._weights.rest)
             if starts_here:
                 hidden[start : start + chunk.num_tokens] = output.hidden[0]
             calls.append(self._visits.calls_of(work.batch, chunk, output.calls))
@@ -245,8 +245,8 @@ class BlockSchedule:
 
     def _no_rows(self, count: int) -> Tensor:
         """In place of the input embedding's rows, for a front that is run for the layers' arguments alone."""
-        width = self._skeleton.embedding_width
-        return torch.zeros((), dtype=self._skeleton.compute_dtype, device=self._device).expand(count, width)
+        width = self._meta_model.embedding_width
+        return torch.zeros((), dtype=self._meta_model.compute_dtype, device=self._device).expand(count, width)
 
     def _back(
         self, batch: Batch, hidden: Tensor, head: Tensor, positions_of: PositionsOf, on_logits: OnLogits
@@ -255,7 +255,7 @@ class BlockSchedule:
         for first in range(0, len(wanted), self._logit_rows):
             some = wanted[first : first + self._logit_rows]
             index = torch.tensor([row for _, row in some], device=self._device)
-            logits = self._skeleton.back(hidden[index][None], self._weights.rest, head)
+            logits = self._meta_model.back(hidden[index][None], self._weights.rest, head)
             on_logits([pick for pick, _ in some], logits)
 
 

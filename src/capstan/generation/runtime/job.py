@@ -198,7 +198,7 @@ class Job:
         """Where the outcomes of a turn were found elsewhere, hear them."""
         if resources.exchange is None or resources.exchange.has_back:
             return
-        form = Form(self._keeps_cache, self._model.skeleton.vocabulary_size)
+        form = Form(self._keeps_cache, self._model.meta_model.vocabulary_size)
         with self._measuring(turn.phase):
             values = resources.exchange.hear(num_values(turn.picks, waiting, form))
             turn.outcomes = from_values(values, turn.picks, waiting, form)
@@ -329,8 +329,8 @@ class _Resources:
             self._stack.callback(cache.close)
         activations = Activations(
             placement.activations,
-            width=model.skeleton.hidden_size,
-            dtype=model.skeleton.compute_dtype,
+            width=model.meta_model.hidden_size,
+            dtype=model.meta_model.compute_dtype,
             sweep_tokens=extent.sweep_tokens,
             batch_tokens=extent.batch_tokens,
             device=device,
@@ -347,8 +347,8 @@ class _Resources:
         )
         self._stopwatch = Stopwatch(ledger, device)
         self.schedule = BlockSchedule(
-            model.skeleton,
-            model.anatomy,
+            model.meta_model,
+            model.profile,
             job._weights,
             activations,
             cache=cache,

@@ -69,15 +69,15 @@ class Visits:
 
     def __init__(
         self,
-        skeleton: MetaModel,
-        anatomy: ModelProfile,
+        meta_model: MetaModel,
+        profile: ModelProfile,
         activations: Activations,
         *,
         cache: KeyValueCache | None,
         device: torch.device,
         clock: Clock,
     ) -> None:
-        self._skeleton, self._anatomy = skeleton, anatomy
+        self._meta_model, self._profile = meta_model, profile
         self._activations, self._cache, self._clock = activations, cache, clock
         # Hidden states that rest elsewhere have room on the device for two batches only.
         self._overlaps = device.type in _OVERLAPPING and activations.rests_on_device
@@ -120,7 +120,7 @@ class Visits:
         self._activations.put(visit.batch, hidden)
 
     def _step(self, passage: Passage, hidden: Tensor, call: LayerCall) -> None:
-        hidden.copy_(self._skeleton.layer(passage.visit.layer, hidden[None], call)[0])
+        hidden.copy_(self._meta_model.layer(passage.visit.layer, hidden[None], call)[0])
 
     def _standing_step(self, passage: Passage, standing: Standing, hidden: Tensor, call: LayerCall) -> None:
         """A decode step: done for the first time, recorded the second time, replayed from then on."""
@@ -166,7 +166,7 @@ class Visits:
 
     def _prefill(self, passage: Passage, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         visit, chunk = passage.visit, passage.chunk
-        geometry = self._anatomy.layers[visit.layer].geometry
+        geometry = self._profile.layers[visit.layer].geometry
         if self._cache is not None:
             rows = self._cache.encode(visit.layer, key, value)
             self._cache.append(visit.layer, visit.batch, chunk, rows)
@@ -194,7 +194,7 @@ class Visits:
             self._aside(passage, self._attend_on_host)
             passage.attended = partial(self._cache.collect, layer, batch)
             return passage.attended()
-        value_size = self._anatomy.layers[layer].geometry.value_size
+        value_size = self._profile.layers[layer].geometry.value_size
         cut = Cut(query, rows, query.new_empty(*query.shape[:-1], value_size))
         if passage.standing is not None:
             cut = passage.standing.places(query, rows, value_size)

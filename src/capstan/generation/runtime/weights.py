@@ -39,7 +39,7 @@ class WeightStore:
 
     def __init__(
         self,
-        inventory: WeightManifest,
+        manifest: WeightManifest,
         tiers: Mapping[str, Tier],
         *,
         ring_slots: int,
@@ -49,18 +49,18 @@ class WeightStore:
         disk: DiskSlab | None,
         ledger: Ledger,
     ) -> None:
-        self._inventory, self._tiers = inventory, tiers
+        self._manifest, self._tiers = manifest, tiers
         self._checkpoint, self._sources = checkpoint, sources
         self._device, self._disk, self._ledger = device, disk, ledger
         self._disk_offsets: dict[str, int] = {}
         pinned = device.type == "cuda"
-        placed = inventory.placeable.values()
+        placed = manifest.placeable.values()
 
         def resting(tier: Tier) -> int:
             return sum(aligned(each.stored_bytes) for each in placed if tiers[each.name] == tier)
 
-        buffers = buffers_for(inventory, tiers, ring_slots=ring_slots)
-        rest_bytes = sum(aligned(each.computed_bytes) for each in inventory.rest)
+        buffers = buffers_for(manifest, tiers, ring_slots=ring_slots)
+        rest_bytes = sum(aligned(each.computed_bytes) for each in manifest.rest)
         self._device_slab = Slab(
             "weights on the device",
             resting("device")
@@ -80,7 +80,7 @@ class WeightStore:
         self._decoded = [self._device_slab.take(buffers.decoded_bytes) for _ in range(buffers.num_decoded)]
         self._homes: dict[str, Tensor] = {}
         self._known_seats: dict[tuple[int, int, int], _Seats] = {}
-        self._away = [[each for each in unit if tiers[each.name] != "device"] for unit in inventory.units]
+        self._away = [[each for each in unit if tiers[each.name] != "device"] for unit in manifest.units]
         self._expected: deque[int] = deque()
         self._arriving: deque[_Arrival] = deque()
         self._taken: deque[_Arrival] = deque()
@@ -106,7 +106,7 @@ class WeightStore:
         """Bring every tensor to its place; yields the checkpoint bytes done after each tensor."""
         self.rest = self._load_rest()
         done = 0
-        for tensor in self._inventory.placeable.values():
+        for tensor in self._manifest.placeable.values():
             tier = self._tiers[tensor.name]
             if tier != "disk":
                 slab = self._device_slab if tier == "device" else self._host_slab
@@ -126,7 +126,7 @@ class WeightStore:
 
     def _load_rest(self) -> dict[str, Tensor]:
         rest = {}
-        for tensor in self._inventory.rest:
+        for tensor in self._manifest.rest:
             stored = torch.empty(tensor.spec.num_elements * tensor.dtype.itemsize, dtype=torch.uint8)
             for piece in self._sources[tensor.name]:
                 self._read_piece(tensor, piece, stored)
@@ -167,7 +167,7 @@ class WeightStore:
 
     def expect(self, *, sweeps: int) -> None:
         """Units will be taken in order, `sweeps` times more: those that fit the ring start to arrive."""
-        num_units, known = len(self._inventory.units), len(self._expected)
+        num_units, known = len(self._manifest.units), len(self._expected)
         wanted = sweeps * num_units - len(self._arriving)
         for index in range(known, wanted):
             self._expected.append((len(self._arriving) + index) % num_units)
@@ -206,7 +206,7 @@ class WeightStore:
         """A unit's tensors in a slot of the ring and a decoding buffer; the same at every visit."""
         if (unit, slot, buffer) not in self._known_seats:
             encoded, values, arrived, decoded = [], {}, 0, 0
-            for tensor in self._inventory.units[unit]:
+            for tensor in self._manifest.units[unit]:
                 if self._tiers[tensor.name] == "device":
                     payload = self._homes[tensor.name]
                 else:
@@ -296,8 +296,8 @@ class WeightStore:
 
         Only these rows move; the table stays where it is.
         """
-        table, tier = self._inventory.table, self._tiers[self._inventory.table.name]
-        row_bytes, width = self._inventory.row_bytes, table.spec.shape[1]
+        table, tier = self._manifest.table, self._tiers[self._manifest.table.name]
+        row_bytes, width = self._manifest.row_bytes, table.spec.shape[1]
         if tier == "device":
             gathered = self._homes[table.name].view(-1, row_bytes)[tokens.to(self._device)]
         else:
@@ -310,7 +310,7 @@ class WeightStore:
         return rows
 
     def _rows_on_host(self, tokens: Tensor, tier: Tier, ledger: Ledger) -> Tensor:
-        table, row_bytes = self._inventory.table, self._inventory.row_bytes
+        table, row_bytes = self._manifest.table, self._manifest.row_bytes
         if tier == "host":
             return self._homes[table.name].view(-1, row_bytes)[tokens]
         rows = torch.empty(len(tokens), row_bytes, dtype=torch.uint8)

@@ -264,7 +264,7 @@ def _tokens(body: TokenizeBody, served: Served) -> list[int]:
 def _text(tokens: list[int], served: Served) -> str:
     if served.model.tokenizer is None:
         raise Refused(400, f"{served.name} has no tokenizer; its tokens have no text.")
-    size = served.model.skeleton.vocabulary_size
+    size = served.model.meta_model.vocabulary_size
     if not all(0 <= token < size for token in tokens):
         raise Refused(400, f"There are token ids outside 0 … {size - 1}, the model's vocabulary.")
     return str(served.model.tokenizer.decode(tokens))
