@@ -194,7 +194,7 @@ class ServerModel:
     def _begins(self, text: str) -> bool:
         """Whether a text has the model's beginning already, which the server would add again."""
         begins = getattr(self._tokenizer, "bos_token", None)
-        return bool(begins) and text.startswith(begins)
+        return bool(begins) and text.startswith(str(begins))
 
     def _prompt(self, text: str) -> str | list[int]:
         return self.encode(text) if self._begins(text) else text
