@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from capstan.cli.evaluate import comparison_table
 from capstan.cli.evaluate import run as evaluate
+from capstan.cli.evaluation_table import comparison_table
 from capstan.cli.generate import generate, quieten_transformers
 from capstan.cli.progress import show_progress
 from capstan.errors import require_extra

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from capstan.cli.evaluation_backends import opened_model
-from capstan.cli.evaluation_table import show_runs
+from capstan.cli.evaluation_table import comparison_table, show_runs
 from capstan.cli.progress import show_progress
 from capstan.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from capstan.evaluation import Chat, Difference, Evaluated, GroupOfRuns, RunSpec, Scenario
+    from capstan.evaluation import Chat, Evaluated, GroupOfRuns, RunSpec, Scenario
 
 app = typer.Typer(
     help="Measure a model by HELM's scenarios, and compare two evaluations instance by instance.",
@@ -305,28 +304,6 @@ def compare(
         typer.echo(plain_json({"verb": "evaluate compare", "runs": [each.to_dict() for each in found]}))
         return
     Console(highlight=False).print(comparison_table(found))
-
-
-def comparison_table(found: list["Difference"]) -> Table:
-    """Differences for people."""
-    table = Table("run", "metric", "A", "B", "B − A", "95 % interval", "B higher / lower", "sign test p")
-    for each in found:
-        low, high = each.interval.low, each.interval.high
-        table.add_row(
-            escape(each.run.partition(":")[0]),
-            each.metric,
-            f"{each.a:.3f}",
-            f"{each.b:.3f}",
-            f"{each.interval.mean:+.3f}",
-            f"{low:+.3f} … {high:+.3f}" + (" *" if each.is_clear else ""),
-            f"{each.num_higher} / {each.num_lower}",
-            f"{each.sign_p:.2f}",
-        )
-    unpaired = [f"{each.run.partition(':')[0]} {each.num_unpaired:,}" for each in found if each.num_unpaired]
-    table.caption = (
-        f"Instances that only one of both has, left out: {', '.join(unpaired)}" if unpaired else None
-    )
-    return table
 
 
 @app.command("rescore")

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from capstan.evaluation import Evaluated
+    from capstan.evaluation import Difference, Evaluated
     from capstan.plans import Plan, Trace
 
 
@@ -52,3 +52,25 @@ def _cells(found: dict[str, Any] | None) -> tuple[str, str, str]:
     if found is None:
         return "n/a", "", ""
     return f"{found['mean']:.3f}", f"{found['low']:.3f} … {found['high']:.3f}", f"{found['count']:,}"
+
+
+def comparison_table(found: list["Difference"]) -> Table:
+    """Differences for people."""
+    table = Table("run", "metric", "A", "B", "B − A", "95 % interval", "B higher / lower", "sign test p")
+    for each in found:
+        low, high = each.interval.low, each.interval.high
+        table.add_row(
+            escape(each.run.partition(":")[0]),
+            each.metric,
+            f"{each.a:.3f}",
+            f"{each.b:.3f}",
+            f"{each.interval.mean:+.3f}",
+            f"{low:+.3f} … {high:+.3f}" + (" *" if each.is_clear else ""),
+            f"{each.num_higher} / {each.num_lower}",
+            f"{each.sign_p:.2f}",
+        )
+    unpaired = [f"{each.run.partition(':')[0]} {each.num_unpaired:,}" for each in found if each.num_unpaired]
+    table.caption = (
+        f"Instances that only one of both has, left out: {', '.join(unpaired)}" if unpaired else None
+    )
+    return table

@@ -81,7 +81,8 @@ def in_chat(state: RequestState, model: LanguageModel, chat: Chat) -> RequestSta
     told, answer = request.prompt[:length], request.prompt[length:]
     messages = [*opening(chat), Message("user", told)]
     if not request.is_scored and getattr(model, "has_chat_route", False):
-        pairs = tuple((role, text) for role, text in messages)
-        return replace(state, request=replace(request, messages=pairs))
+        return replace(
+            state, request=replace(request, messages=tuple((each.role, each.content) for each in messages))
+        )
     prompt = chat_text(model, messages) + answer.lstrip()
     return replace(state, request=replace(request, prompt=prompt, continuation=answer.lstrip()))

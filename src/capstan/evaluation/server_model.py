@@ -193,7 +193,7 @@ class ServerModel:
 
     def _begins(self, text: str) -> bool:
         """Whether a text has the model's beginning already, which the server would add again."""
-        begins: str | None = getattr(self._tokenizer, "bos_token", None)
+        begins = getattr(self._tokenizer, "bos_token", None)
         return bool(begins) and text.startswith(str(begins))
 
     def _prompt(self, text: str) -> str | list[int]:
