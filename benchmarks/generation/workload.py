@@ -48,7 +48,7 @@ class Job:
     weight_bits: int | None = None
     cache_bits: int | None = None
     place: tuple[str, ...] = ()
-    share_prefixes: bool = False
+    share_prefixes: bool | None = False  # None: where the plan is faster so
     # accelerate
     peer_batches: tuple[int, ...] = ()
     peer_offload: str = "cpu"
