@@ -27,6 +27,7 @@ def generate(job: Job) -> Outcome:
         cache_bits=job.cache_bits,
         place=job.place,
         lengths=[Length(len(prompt), job.new) for prompt in prompts],
+        prefix=job.shared_prefix,
         **_checkpoint(job),
         **_compute_dtype(job),
         **_sharing(job, notes),
