@@ -65,6 +65,9 @@ class Algorithm:
         """
         raise UsageError(f"{self.name} does not exchange gradients: use it through wrap().")
 
+    def rescale(self, factor: float) -> None:
+        """The gradients that come are `factor` times as large, because the loss is scaled by more or less."""
+
     def after_gradients(self) -> None:
         """A backward pass has ended, and all gradients were exchanged, unless they are held."""
 

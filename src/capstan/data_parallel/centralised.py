@@ -88,6 +88,10 @@ class Centralised(Algorithm):
                     f"machines= lists each of the ranks 0 to {group.size - 1} once, found {self._machines}."
                 )
 
+    def rescale(self, factor: float) -> None:
+        if self._compressor is not None:
+            self._compressor.rescale(factor)
+
     def _compressor_of(self, rank: int) -> Compressor:
         if self._compressor is None:
             self._compressor = Compressor(self.codec, error_feedback=self.error_feedback, salt=rank)

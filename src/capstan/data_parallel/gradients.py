@@ -28,6 +28,7 @@ class Gradients:
         parameters: those that are trained.
         as_views: whether `.grad` becomes a view of its bucket, which saves a copy of all gradients; then the
             next pass overwrites it.
+        begins: called when a backward pass begins whose gradients are exchanged; nothing is under way then.
         exchange: starts to replace a bucket's gradients.
         holds: whether nothing is exchanged for now.
         agree: the first rank's value, on every rank.
@@ -40,6 +41,7 @@ class Gradients:
         *,
         bucket_bytes: int,
         as_views: bool,
+        begins: Callable[[], None],
         exchange: Callable[[Bucket], Pending],
         holds: Callable[[], bool],
         agree: Callable[[list[int]], list[int]],
@@ -47,7 +49,13 @@ class Gradients:
     ) -> None:
         self._parameters = list(parameters)
         self._bucket_bytes, self._as_views = bucket_bytes, as_views
-        self._exchange, self._holds, self._agree, self._done = exchange, holds, agree, done
+        self._begins, self._exchange, self._holds, self._agree, self._done = (
+            begins,
+            exchange,
+            holds,
+            agree,
+            done,
+        )
         self.is_on = True
         self.order: list[int] | None = None
         self.buckets: list[Bucket] = []
@@ -97,6 +105,7 @@ class Gradients:
     def _run(self) -> None:
         if self.is_on and not self._is_running:
             self._is_running = True
+            self._begins()
             # Runs when this backward pass ends, before backward() returns: then gradients may be clipped.
             torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
 

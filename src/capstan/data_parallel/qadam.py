@@ -192,6 +192,9 @@ class QAdamMomenta(Centralised):
             return super().exchange(talk, values, shapes, key)
         return self._plain.exchange(talk, values, shapes, key)
 
+    def rescale(self, factor: float) -> None:
+        """Nothing: what is kept is of updates, which follow from gradients that are no longer scaled."""
+
     @torch.no_grad()
     def after_gradients(self) -> None:
         if not self._optimizer.is_frozen:

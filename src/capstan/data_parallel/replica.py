@@ -16,6 +16,7 @@ from capstan.data_parallel.algorithm import Algorithm
 from capstan.data_parallel.buckets import BUCKET_BYTES, Bucket, buckets_of
 from capstan.data_parallel.exchange import exchange_bucket
 from capstan.data_parallel.gradients import Gradients
+from capstan.data_parallel.loss_scale import LossScale
 from capstan.data_parallel.names import algorithm_from_name
 from capstan.data_parallel.refusals import require_trainable
 from capstan.errors import InputError, UsageError
@@ -38,6 +39,7 @@ def wrap(
     broadcast_buffers: bool = True,
     gradient_as_bucket_view: bool = False,
     shape: Shape | None = None,
+    loss_scale: Callable[[], float] | None = None,
 ) -> "Replica":
     """Train `model` together with the other ranks that torchrun started.
 
@@ -57,6 +59,8 @@ def wrap(
         gradient_as_bucket_view: as in DDP: saves a copy of all gradients; a gradient that is kept is then
             overwritten by the next backward pass.
         shape: a slower link to pretend, for tests.
+        loss_scale: what the loss is multiplied by before backward: an algorithm with error feedback keeps
+            what it owes in that unit. A GradScaler that steps `optimizer` is found without.
 
     Raises:
         UsageError: the model, the optimizer and the algorithm do not fit each other, or ranks differ.
@@ -75,6 +79,7 @@ def wrap(
         broadcast_buffers=broadcast_buffers,
         gradient_as_bucket_view=gradient_as_bucket_view,
         shape=shape,
+        loss_scale=loss_scale,
     )
 
 
@@ -108,6 +113,7 @@ class Replica(nn.Module):
         broadcast_buffers: bool = True,
         gradient_as_bucket_view: bool = False,
         shape: Shape | None = None,
+        loss_scale: Callable[[], float] | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -120,6 +126,7 @@ class Replica(nn.Module):
         self._share("the first rank's weights", (*module.parameters(), *module.buffers()))
         self._is_in_step = False
         self.is_in_optimizer = False
+        self._loss_scale = LossScale(loss_scale)
         self._gradients = self._collect() if algorithm.exchanges_gradients else None
         algorithm.start(self)
         self._step_hooks = []
@@ -221,6 +228,7 @@ class Replica(nn.Module):
             "ranks": [self.group.rank, self.group.size],
             "order": self._gradients.order if self._gradients else None,
             "state": self.algorithm.state_dict(),
+            "loss_scale": self._loss_scale.last,
         }
 
     def load_algorithm_state(self, state: dict[str, Any]) -> None:
@@ -237,6 +245,7 @@ class Replica(nn.Module):
         if self._gradients is not None and state["order"] is not None:
             self._gradients.lay_out(state["order"])
         self.algorithm.load_state_dict(state["state"])
+        self._loss_scale.last = state.get("loss_scale")
 
     # --- moments -----------------------------------------------------------------------------------------
 
@@ -250,6 +259,7 @@ class Replica(nn.Module):
             self._trained,
             bucket_bytes=self._bucket_bytes,
             as_views=self._as_views,
+            begins=lambda: self.algorithm.rescale(self._loss_scale.change()),
             exchange=exchange,
             holds=lambda: self.algorithm.holds_gradients,
             agree=lambda order: [int(at) for at in self.group.share(order)],
@@ -258,6 +268,7 @@ class Replica(nn.Module):
 
     def _before_step(self) -> None:
         self._communicator.check()
+        self._loss_scale.notice_scaler()
         self.is_in_optimizer = True
         self.algorithm.before_step()
 
