@@ -84,6 +84,14 @@ class PowerSGD(Algorithm):
         for view in (each for at, each in enumerate(split(wanted, shapes)) if at not in matrices):
             view.zero_()
 
+    def sent_elements(self, shapes: Sequence[tuple[int, ...]]) -> list[int]:
+        """How many numbers of gradients of such shapes each of its averages takes."""
+        views = [torch.empty(shape, device="meta") for shape in shapes]
+        matrices = [_matrix(view).shape for view in views if self._is_factored(view)]
+        plain = sum(view.numel() for view in views if not self._is_factored(view))
+        first = plain + self.rank * sum(rows for rows, _ in matrices)
+        return [first, self.rank * sum(columns for _, columns in matrices)] if matrices else [first]
+
     def _is_factored(self, view: Tensor) -> bool:
         matrix = _matrix(view) if view.dim() > 1 and view.numel() else None
         return matrix is not None and is_worth_it(matrix.shape[0], matrix.shape[1], self.rank)

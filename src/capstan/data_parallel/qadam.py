@@ -161,6 +161,9 @@ class QAdamMomenta(Centralised):
 
     name = "qadam"
     needs_optimizer = True
+    can_spare_inputs = (
+        False  # momenta change with the optimizer's step, which a rank without inputs never takes
+    )
 
     def __init__(self, bits: Literal[1, 8] = 1) -> None:
         if bits not in (1, 8):
