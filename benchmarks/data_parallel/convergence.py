@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from capstan.hardware import this_machine
 from record import write_record
 
-TASKS = ["MLP on digits", "CNN on digits", "small Llama on text", "LSTM on text"]
+TASKS = ["MLP on digits", "CNN with batch norm on digits", "small Llama on text", "LSTM on text"]
 ALGORITHMS = [
     "gradient_allreduce", "bytegrad", "onebit", "topk", "randomk", "powersgd", "qadam", "qadam 8 bits",
     "decentralized", "low_precision_decentralized", "async", "local_sgd", "diloco",

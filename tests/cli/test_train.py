@@ -61,3 +61,35 @@ def test_unknown_algorithms_and_scripts_that_are_not_there_are_refused(run, tmp_
     ran = run("train", "dp", "--algorithm", "bytegard")
     assert ran.code == 2
     assert "Did you mean 'bytegrad'" in ran.words
+
+
+def test_plan_and_trace_are_printed_as_json_and_their_bytes_agree(capfd, tmp_path):
+    ours = tmp_path / "ours.py"
+    ours.write_text(scripts()[1])
+    capfd.readouterr()
+    code = main(["train", "dp", "--script", str(ours), "--algorithm", "onebit", "--json"])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["verb"] == "train dp"
+    assert [each["rank"] for each in told["ranks"]] == [0, 1]
+    for each in (told, *told["ranks"]):
+        assert each["plan"]["bytes"] == each["trace"]["bytes"]
+        assert each["trace"]["phases"][1]["counts"] == {"steps": 20, "backward passes": 20}
+    assert float(err.splitlines()[-1]) > 0, "what the script prints"
+
+
+@pytest.mark.slow  # torchrun starts
+def test_a_script_that_wraps_no_model_has_no_account(run, tmp_path):
+    script = tmp_path / "nothing.py"
+    script.write_text("")
+    ran = run("train", "dp", "--script", script, "--json")
+    assert ran.code == 1
+    assert "left no account" in ran.words
+
+
+def test_what_is_explained_is_printed_as_json_too(run):
+    ran = run("train", "dp", "--explain", "--json")
+    told = json.loads(ran.out)
+    assert (told["verb"], told["trace"]) == ("train dp", None)
+    assert told["plan"]["system"] == "data_parallel"

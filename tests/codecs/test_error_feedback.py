@@ -78,3 +78,58 @@ def test_factors_of_at_least_the_true_rank_hold_the_matrix(rank, extra, seed):
 def test_small_matrices_are_not_worth_it():
     assert is_worth_it(100, 100, 4)
     assert not is_worth_it(4, 4, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sign:64", "topk:0.05", "group4:32"])
+def test_what_16_bit_values_are_owed_is_not_rounded_to_16_bits(name, dtype):
+    feedback = ErrorFeedback(codec_from_name(name))
+    generator = torch.Generator().manual_seed(0)
+    told, said = torch.zeros(500), torch.zeros(500)
+    for step in range(60):
+        values = (torch.randn(500, generator=generator) + 1).to(dtype)
+        payload = torch.empty(feedback.codec.encoded_bytes((500,), dtype), dtype=torch.uint8)
+        decoded = feedback.encode_into(values, payload, key="a", seed=step)
+        assert decoded.dtype == dtype
+        told, said = told + decoded.float(), said + values.float()
+    # Some 180 additions of numbers below 128, in float32.
+    torch.testing.assert_close(told + feedback.residual("a"), said, atol=180 * 128 * 2.0**-24, rtol=0)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_an_infinity_passes_once_or_is_refused_and_is_not_owed(name):
+    feedback = ErrorFeedback(codec_from_name(name))
+    payload = torch.empty(feedback.codec.encoded_bytes((128,), torch.float32), dtype=torch.uint8)
+    for step in range(4):
+        values = torch.ones(128)
+        if step == 1:
+            values[5] = torch.inf
+        try:
+            decoded = feedback.encode_into(values, payload, key="a", seed=step)
+        except InputError:  # as codecs with ranges say
+            assert step == 1
+        else:
+            assert step == 1 or decoded.isfinite().all()
+        assert feedback.residual("a").isfinite().all()
+
+
+@given(factor=st.sampled_from([0.5, 2.0, 1024.0]))
+def test_what_is_owed_follows_a_change_of_unit(factor):
+    codec = codec_from_name("sign:8")
+    one, other = ErrorFeedback(codec), ErrorFeedback(codec)
+    payload = torch.empty(codec.encoded_bytes((16,), torch.float32), dtype=torch.uint8)
+    values = torch.randn(16, generator=torch.Generator().manual_seed(3))
+    for each in (one, other):
+        each.encode_into(values, payload, key="a")
+    other.rescale(factor)
+    plain = one.encode_into(values, payload, key="a")
+    assert torch.equal(other.encode_into(values * factor, payload, key="a"), plain * factor)
+
+
+def test_a_state_with_16_bit_residuals_is_gone_on_with():
+    feedback = ErrorFeedback(codec_from_name("sign:8"))
+    feedback.load_state_dict({"a": torch.full((8,), 0.5, dtype=torch.bfloat16)})
+    payload = torch.empty(feedback.codec.encoded_bytes((8,), torch.bfloat16), dtype=torch.uint8)
+    decoded = feedback.encode_into(torch.ones(8, dtype=torch.bfloat16), payload, key="a")
+    assert torch.equal(decoded, torch.full((8,), 1.5, dtype=torch.bfloat16))
+    assert feedback.residual("a").dtype == torch.float32

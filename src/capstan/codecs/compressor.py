@@ -62,6 +62,11 @@ class Compressor:
         self.decode(payload, decoded)
         return decoded
 
+    def rescale(self, factor: float) -> None:
+        """What is encoded from now on is in another unit: `factor` times what it was."""
+        if self.feedback is not None:
+            self.feedback.rescale(factor)
+
     def state_dict(self) -> dict[str, Any]:
         """Residuals and counts."""
         return {

@@ -23,7 +23,8 @@ from capstan.data_parallel.low_precision import LowPrecisionDecentralised
 from capstan.data_parallel.names import ALGORITHMS, algorithm_from_name
 from capstan.data_parallel.powersgd import PowerSGD
 from capstan.data_parallel.qadam import QAdam, QAdamMomenta
-from capstan.data_parallel.replica import Replica, wrap
+from capstan.data_parallel.replica import Replica
+from capstan.data_parallel.wrapping import wrap
 
 __all__ = [
     "ALGORITHMS",

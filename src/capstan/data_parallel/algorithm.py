@@ -18,11 +18,16 @@ class Algorithm:
 
     An algorithm that `exchanges_gradients` has its buckets of gradients replaced by what `exchange` makes of
     them, while backward goes on with the next ones. Others work on the weights, around the optimizer's step.
+
+    Where `steps_wait` is off no step waits for another rank's. With one that `can_spare_inputs` a rank
+    without inputs can take part in what the others exchange, see `Replica.join`.
     """
 
     name: ClassVar[str]
     exchanges_gradients: ClassVar[bool] = False
     needs_optimizer: ClassVar[bool] = True
+    steps_wait: ClassVar[bool] = True
+    can_spare_inputs: ClassVar[bool] = True
 
     replica: "Replica"
     group: Group
@@ -64,6 +69,9 @@ class Algorithm:
         thread.
         """
         raise UsageError(f"{self.name} does not exchange gradients: use it through wrap().")
+
+    def rescale(self, factor: float) -> None:
+        """The gradients that come are `factor` times as large, because the loss is scaled by more or less."""
 
     def after_gradients(self) -> None:
         """A backward pass has ended, and all gradients were exchanged, unless they are held."""

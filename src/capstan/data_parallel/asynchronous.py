@@ -44,6 +44,7 @@ class AsyncAverage(Algorithm):
     """
 
     name = "async"
+    steps_wait = False
 
     def __init__(self, interval_s: float = 0.5, *, codec: str = "identity") -> None:
         if interval_s < 0:

@@ -72,11 +72,16 @@ class Centralised(Algorithm):
         if self.route == "ring":
             return average_by_ring(talk, values)
         if self.route == "machines":
-            assert self._machines is not None, "join() has found them"
             return average_by_machine(
-                talk, values, compressor=self._compressor_of(talk.rank), key=key, machines=self._machines
+                talk, values, compressor=self._compressor_of(talk.rank), key=key, machines=self.machines
             )
         return average(talk, values, compressor=self._compressor_of(talk.rank), key=key)
+
+    @property
+    def machines(self) -> Sequence[Sequence[int]]:
+        """The ranks of each machine, on the route through machines."""
+        assert self._machines is not None, "join() has found them"
+        return self._machines
 
     def join(self, group: Group) -> None:
         super().join(group)
@@ -87,6 +92,10 @@ class Centralised(Algorithm):
                 raise UsageError(
                     f"machines= lists each of the ranks 0 to {group.size - 1} once, found {self._machines}."
                 )
+
+    def rescale(self, factor: float) -> None:
+        if self._compressor is not None:
+            self._compressor.rescale(factor)
 
     def _compressor_of(self, rank: int) -> Compressor:
         if self._compressor is None:

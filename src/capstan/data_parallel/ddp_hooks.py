@@ -7,12 +7,16 @@ For algorithms that exchange gradients; the others need `wrap`.
 """
 
 import zlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from capstan.data_parallel.algorithm import Algorithm
+from capstan.data_parallel.exchange import exchange_finite
+from capstan.data_parallel.loss_scale import LossScale
 from capstan.data_parallel.names import algorithm_from_name
 from capstan.data_parallel.qadam import QAdamMomenta
 from capstan.errors import UsageError
@@ -28,6 +32,8 @@ class HookState:
         process_group: the group that DDP was given; default all ranks.
         device_type: "cuda" if gradients lie on GPUs and NCCL carries them.
         patience_s: how long one wait for another rank may take.
+        loss_scale: what the loss is multiplied by, such as `GradScaler.get_scale`; an algorithm with error
+            feedback must be told, since a hook sees no optimizer.
     """
 
     def __init__(
@@ -37,6 +43,7 @@ class HookState:
         *,
         device_type: str = "cpu",
         patience_s: float = PATIENCE_S,
+        loss_scale: Callable[[], float] | None = None,
     ) -> None:
         self.algorithm = algorithm_from_name(algorithm) if isinstance(algorithm, str) else algorithm
         if not self.algorithm.exchanges_gradients or isinstance(self.algorithm, QAdamMomenta):
@@ -45,6 +52,7 @@ class HookState:
         device = torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else None
         self.algorithm.join(group)
         self.communicator = Communicator(group, device=device)
+        self.loss_scale = LossScale(loss_scale)
 
     @property
     def ledger(self) -> Ledger:
@@ -66,6 +74,8 @@ class HookState:
 
 def hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Average a bucket of DDP's by the algorithm of `state`."""
+    if bucket.index() == 0:  # the first of a pass: nothing is under way
+        state.algorithm.rescale(state.loss_scale.change())
     values = bucket.buffer()
     shapes = [tuple(each.shape) for each in bucket.parameters()]
     # DDP cuts its buckets anew after the first step: what is kept under one key is of one layout.
@@ -73,7 +83,8 @@ def hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[torc
     devices = [values.device] if values.is_cuda else None
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
     pending = state.communicator.submit(
-        lambda talk: state.algorithm.exchange(talk, values, shapes, key), about=f"bucket {bucket.index()}"
+        partial(exchange_finite, algorithm=state.algorithm, values=values, shapes=shapes, key=key),
+        about=f"bucket {bucket.index()}",
     )
 
     def settle(error: Any) -> None:

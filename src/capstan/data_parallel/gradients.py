@@ -1,10 +1,12 @@
 """Gradients into buckets as backward makes them ready, and each bucket on its way while backward goes on."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +30,7 @@ class Gradients:
         parameters: those that are trained.
         as_views: whether `.grad` becomes a view of its bucket, which saves a copy of all gradients; then the
             next pass overwrites it.
+        begins: called when a backward pass begins whose gradients are exchanged; nothing is under way then.
         exchange: starts to replace a bucket's gradients.
         holds: whether nothing is exchanged for now.
         agree: the first rank's value, on every rank.
@@ -40,6 +43,7 @@ class Gradients:
         *,
         bucket_bytes: int,
         as_views: bool,
+        begins: Callable[[], None],
         exchange: Callable[[Bucket], Pending],
         holds: Callable[[], bool],
         agree: Callable[[list[int]], list[int]],
@@ -47,7 +51,13 @@ class Gradients:
     ) -> None:
         self._parameters = list(parameters)
         self._bucket_bytes, self._as_views = bucket_bytes, as_views
-        self._exchange, self._holds, self._agree, self._done = exchange, holds, agree, done
+        self._begins, self._exchange, self._holds, self._agree, self._done = (
+            begins,
+            exchange,
+            holds,
+            agree,
+            done,
+        )
         self.is_on = True
         self.order: list[int] | None = None
         self.buckets: list[Bucket] = []
@@ -69,10 +79,10 @@ class Gradients:
 
     def watch(self, outputs: Any) -> None:
         """Know when the backward pass of these outputs begins, so as to know when it ends: inside, re-entrant
-        checkpoints make passes of their own."""
-        for leaf in tree_leaves(outputs):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(lambda _: self._run())
+        checkpoints make passes of their own. `torch.autograd.grad`, which adds to no `.grad`, is none."""
+        for output in tree_leaves(outputs):
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(partial(self._run_if_accumulating, _leaf_of(output)))
 
     def recover(self) -> None:
         """Give up a backward pass that has ended with an error. Every rank must have seen it: what some have
@@ -82,6 +92,20 @@ class Gradients:
             self._begin_pass()
             for each in pending:
                 each.wait()
+
+    @torch.no_grad()
+    def take_part(self) -> None:
+        """In the other ranks' pass, with 0 for every gradient; `.grad` is left alone, unless it is a view."""
+        if self.order is None:
+            self.lay_out(self._agree(list(range(len(self._parameters)))[::-1]))
+        pending = []
+        for bucket in self.buckets:
+            bucket.present = [False] * len(bucket.parameters)
+            bucket.flat.zero_()
+            pending.append(self._exchange(bucket))
+        for each, bucket in zip(pending, self.buckets, strict=True):
+            each.wait()
+            bucket.flat.zero_()
 
     def close(self) -> None:
         """Look at gradients no more."""
@@ -97,8 +121,18 @@ class Gradients:
     def _run(self) -> None:
         if self.is_on and not self._is_running:
             self._is_running = True
+            self._begins()
             # Runs when this backward pass ends, before backward() returns: then gradients may be clipped.
             torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+
+    def _run_if_accumulating(self, leaf: Node | None, _: Tensor) -> None:
+        if leaf is not None:
+            try:
+                if not torch._C._will_engine_execute_node(leaf):
+                    return
+            except RuntimeError:  # what `torch.autograd.grad` was asked for is this leaf
+                return
+        self._run()
 
     def _noticing(self, at: int) -> Callable[[Tensor], None]:
         def notice(parameter: Tensor) -> None:
@@ -178,3 +212,17 @@ class Gradients:
                     parameter.grad = view.clone()
                 else:
                     parameter.grad.copy_(view)
+
+
+def _leaf_of(output: Tensor) -> Node | None:
+    """Where some path of a backward pass ends in a `.grad`; None where there is none."""
+    paths, seen = [output.grad_fn], set[Node | None]()
+    while paths:
+        node = paths.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            return node
+        paths += [before for before, _ in node.next_functions]
+    return None

@@ -21,6 +21,7 @@ class PowerSGD(Algorithm):
 
         M_i = g_i + e_i;  P = orthonormal(mean_i M_i Q);  Q = mean_i M_i^T P;  g = P Q^T;  e_i = M_i - g
 
+    16-bit gradients are worked on, and cross, in float32: sums of a matrix's rows leave float16's range.
     Vectors, and matrices whose factors would be larger, are averaged as they are. What has more
     dimensions is a matrix of its first and all other ones.
 
@@ -51,10 +52,10 @@ class PowerSGD(Algorithm):
     def exchange(
         self, talk: Conversation, values: Tensor, shapes: Sequence[tuple[int, ...]], key: str
     ) -> Operation:
+        gradients, values = values, values.to(torch.promote_types(values.dtype, torch.float32))
         error = self._errors.get(key)
-        if error is None or error.shape != values.shape:
-            error = self._errors[key] = torch.zeros_like(values)
-        values.add_(error.to(values.device))
+        if error is not None and error.shape == values.shape:
+            values.add_(error.to(values.device))
         views = split(values, shapes)
         matrices = {at: _matrix(view) for at, view in enumerate(views) if self._is_factored(view)}
         plain = [view.reshape(-1) for at, view in enumerate(views) if at not in matrices]
@@ -75,11 +76,21 @@ class PowerSGD(Algorithm):
             halves = split(second, [(each.shape[1], self.rank) for each in matrices.values()])
             for (at, matrix), factor in zip(matrices.items(), halves, strict=True):
                 matrix.copy_(restore(bases[at], factor))
-                self._factors[f"{key}/{at}"] = factor.clone()
-        self._errors[key] = wanted.sub_(values)
+                self._factors[f"{key}/{at}"] = factor.nan_to_num(0.0, 0.0, 0.0)
+        if gradients is not values:
+            gradients.copy_(values)
+        self._errors[key] = wanted.sub_(values).nan_to_num_(0.0, 0.0, 0.0)
         # What was averaged as it is owes nothing.
         for view in (each for at, each in enumerate(split(wanted, shapes)) if at not in matrices):
             view.zero_()
+
+    def sent_elements(self, shapes: Sequence[tuple[int, ...]]) -> list[int]:
+        """How many numbers of gradients of such shapes each of its averages takes."""
+        views = [torch.empty(shape, device="meta") for shape in shapes]
+        matrices = [_matrix(view).shape for view in views if self._is_factored(view)]
+        plain = sum(view.numel() for view in views if not self._is_factored(view))
+        first = plain + self.rank * sum(rows for rows, _ in matrices)
+        return [first, self.rank * sum(columns for _, columns in matrices)] if matrices else [first]
 
     def _is_factored(self, view: Tensor) -> bool:
         matrix = _matrix(view) if view.dim() > 1 and view.numel() else None
@@ -90,6 +101,10 @@ class PowerSGD(Algorithm):
         if known is None or known.shape[0] != matrix.shape[1]:
             known = starting_factor(matrix.shape[1], self.rank, seed=zlib.crc32(key.encode()))
         return known.to(matrix)
+
+    def rescale(self, factor: float) -> None:
+        for error in self._errors.values():
+            error.mul_(factor).nan_to_num_(0.0, 0.0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {

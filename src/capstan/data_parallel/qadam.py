@@ -161,6 +161,9 @@ class QAdamMomenta(Centralised):
 
     name = "qadam"
     needs_optimizer = True
+    can_spare_inputs = (
+        False  # momenta change with the optimizer's step, which a rank without inputs never takes
+    )
 
     def __init__(self, bits: Literal[1, 8] = 1) -> None:
         if bits not in (1, 8):
@@ -191,6 +194,9 @@ class QAdamMomenta(Centralised):
         if self._optimizer.is_frozen:
             return super().exchange(talk, values, shapes, key)
         return self._plain.exchange(talk, values, shapes, key)
+
+    def rescale(self, factor: float) -> None:
+        """Nothing: what is kept is of updates, which follow from gradients that are no longer scaled."""
 
     @torch.no_grad()
     def after_gradients(self) -> None:

@@ -1,7 +1,6 @@
 """A model that trains together with its copies on other ranks."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,78 +15,15 @@ from capstan.data_parallel.algorithm import Algorithm
 from capstan.data_parallel.buckets import BUCKET_BYTES, Bucket, buckets_of
 from capstan.data_parallel.exchange import exchange_bucket
 from capstan.data_parallel.gradients import Gradients
-from capstan.data_parallel.names import algorithm_from_name
-from capstan.data_parallel.refusals import require_trainable
+from capstan.data_parallel.loss_scale import LossScale
+from capstan.data_parallel.planner import Network
+from capstan.data_parallel.recording import Recorder, record_at_the_end
+from capstan.data_parallel.sharing import share_optimizer, share_tensors
+from capstan.data_parallel.uneven import Exchange, UnevenInputs
 from capstan.errors import InputError, UsageError
+from capstan.plans import Plan, Trace
 from capstan.transport import Communicator, Conversation, Group, Ledger, Operation, Pending, Shape
-from capstan.transport.collectives import average, broadcast
-from capstan.transport.group import PATIENCE_S, join
-
-DEFAULT_ALGORITHM = "gradient_allreduce"
-ALGORITHM_VARIABLE = "CAPSTAN_ALGORITHM"
-
-
-def wrap(
-    model: nn.Module,
-    optimizer: Optimizer | None = None,
-    algorithm: str | Algorithm | type[Algorithm] | None = None,
-    *,
-    group: Group | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
-    patience_s: float = PATIENCE_S,
-    broadcast_buffers: bool = True,
-    gradient_as_bucket_view: bool = False,
-    shape: Shape | None = None,
-) -> "Replica":
-    """Train `model` together with the other ranks that torchrun started.
-
-    Use the result in place of the model, and the optimizer as before, made before or after:
-
-        model = wrap(model, optimizer, "bytegrad")
-
-    Args:
-        optimizer: what moves the weights. Algorithms that exchange gradients can do without it, as DDP does.
-        algorithm: a name (`ALGORITHMS`), or an algorithm with settings of its own; default: what the
-            environment variable CAPSTAN_ALGORITHM names, or plain averages.
-        group: the ranks; default: all, through NCCL if the model is on a GPU, else through gloo.
-        bucket_bytes: how many bytes of gradients are exchanged together.
-        patience_s: how long one wait for another rank may take; only where `group` is not given.
-        broadcast_buffers: as in DDP: where gradients are exchanged, all ranks take the first one's buffers,
-            such as a batch norm's statistics, before each forward pass in training.
-        gradient_as_bucket_view: as in DDP: saves a copy of all gradients; a gradient that is kept is then
-            overwritten by the next backward pass.
-        shape: a slower link to pretend, for tests.
-
-    Raises:
-        UsageError: the model, the optimizer and the algorithm do not fit each other, or ranks differ.
-    """
-    chosen = algorithm or os.environ.get(ALGORITHM_VARIABLE, DEFAULT_ALGORITHM)
-    made = algorithm_from_name(chosen) if isinstance(chosen, str) else chosen
-    if isinstance(made, type):
-        made = made()
-    require_trainable(model, optimizer, made, bucket_bytes=bucket_bytes, patience_s=patience_s)
-    return Replica(
-        model,
-        optimizer,
-        made,
-        group=group or group_of(model, patience_s=patience_s),
-        bucket_bytes=bucket_bytes,
-        broadcast_buffers=broadcast_buffers,
-        gradient_as_bucket_view=gradient_as_bucket_view,
-        shape=shape,
-    )
-
-
-def group_of(model: nn.Module, *, patience_s: float) -> Group:
-    """All ranks, speaking from where the model is; joins them as torchrun says if nobody has."""
-    device = next(model.parameters()).device
-    if not torch.distributed.is_initialized() and join(device.type, patience_s=patience_s) is None:
-        raise UsageError(
-            "This process is alone. Start it with torchrun, or with `capstan train dp`, or make a process "
-            "group with torch.distributed.init_process_group first."
-        )
-    has_nccl = device.type == "cuda" and torch.distributed.get_backend() != "gloo"
-    return Group(device_type="cuda" if has_nccl else "cpu", patience_s=patience_s)
+from capstan.transport.collectives import average
 
 
 class Replica(nn.Module):
@@ -108,6 +44,7 @@ class Replica(nn.Module):
         broadcast_buffers: bool = True,
         gradient_as_bucket_view: bool = False,
         shape: Shape | None = None,
+        loss_scale: Callable[[], float] | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -117,9 +54,14 @@ class Replica(nn.Module):
         self._trained = [each for each in module.parameters() if each.requires_grad]
         self._require_agreement()
         self._communicator = Communicator(group, shape=shape, device=self._trained[0].device)
+        self._recorder = Recorder(self)
         self._share("the first rank's weights", (*module.parameters(), *module.buffers()))
+        self._recorder.has_started()
+        record_at_the_end(self._recorder)
         self._is_in_step = False
         self.is_in_optimizer = False
+        self._loss_scale = LossScale(loss_scale)
+        self._uneven: UnevenInputs | None = None
         self._gradients = self._collect() if algorithm.exchanges_gradients else None
         algorithm.start(self)
         self._step_hooks = []
@@ -142,9 +84,13 @@ class Replica(nn.Module):
                 self._gradients.recover()
             if not self._is_in_step:
                 self._is_in_step = self.optimizer is not None
+                if self._uneven is not None and self._gradients is None:
+                    self._uneven.announce("step")
                 self.algorithm.before_forward()
             if self._broadcasts_buffers and self._gradients is not None and self._gradients.is_on:
-                self._share("the first rank's buffers", self.module.buffers())
+                source = 0 if self._uneven is None else self._uneven.announce("buffers").source
+                self._share("the first rank's buffers", self.module.buffers(), source=source)
+                self._recorder.count(forwards=1)
             outputs = self.module(*args, **kwargs)
             if self._gradients is not None:
                 self._gradients.watch(outputs)
@@ -164,6 +110,65 @@ class Replica(nn.Module):
             yield
         finally:
             self._gradients.is_on = before
+
+    @contextmanager
+    def join(self) -> Iterator[None]:
+        """Ranks may take unequally many steps inside; it ends when the last one is through.
+
+        As under DDP's `join`, a rank that is through takes part in the others' exchanges with gradients of 0,
+        and means are over all ranks. Then it takes over weights, buffers, and the state of optimizer and
+        GradScaler of a rank that went on longest; a schedule of learning rates is the program's: step it
+        outside. Where weights are exchanged it lends its own, which no step moves.
+
+        Raises:
+            UsageError: the algorithm cannot; or ranks do different things inside.
+        """
+        if not self.algorithm.can_spare_inputs:
+            raise UsageError(
+                f"{self.algorithm.name} needs every rank's step: give all ranks equally many inputs, or take "
+                "another algorithm, such as bytegrad."
+            )
+        if not self.algorithm.steps_wait:
+            yield
+            return
+        uneven = self._uneven = UnevenInputs(self.group, self._take_part)
+        try:
+            yield
+            self._end_early_step()
+            source = uneven.see_out()
+        finally:
+            self._uneven = None
+        if source is not None and self._gradients is not None:
+            self._take_over(source, was_even=uneven.was_even)
+
+    def _end_early_step(self) -> None:
+        """A forward pass without a step, as the last thing of a rank: the others will step."""
+        if self._gradients is None and self._is_in_step:
+            self._before_step()
+            self._after_step()
+
+    def _take_part(self, exchange: Exchange) -> None:
+        if exchange.moment == "buffers":
+            self._share("another rank's buffers", self.module.buffers(), source=exchange.source)
+        elif self._gradients is not None:
+            self._loss_scale.follow(exchange.factor)
+            self.algorithm.rescale(exchange.factor)
+            self._gradients.take_part()
+        else:
+            self.algorithm.before_forward()
+            self.algorithm.before_step()
+            self.algorithm.after_step()
+
+    def _take_over(self, source: int, *, was_even: bool) -> None:
+        """Be as the rank that went on longest. After equally many steps only buffers differ."""
+        self._share(
+            "the last rank's weights", (*self.module.parameters(), *self.module.buffers()), source=source
+        )
+        if was_even:
+            return
+        if self.optimizer is not None:
+            share_optimizer(self._submit, self.group, self.optimizer, source=source)
+        self._loss_scale.take_over(self.group, source)
 
     def average_weights(self) -> None:
         """Give every rank the mean of all ranks' weights; all must call it. For algorithms whose ranks
@@ -198,6 +203,39 @@ class Replica(nn.Module):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    # --- accounts ----------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        steps: int,
+        *,
+        network: Network,
+        compute_s: float,
+        passes: int | None = None,
+        forwards: int | None = None,
+    ) -> Plan:
+        """What so many steps will cost this rank, and the way to equal weights before them.
+
+        Bytes are exact, once the first backward pass has shown the order of the gradients, wherever all ranks
+        have all gradients and equally many steps; `async`, which sends by the clock, is planned without.
+
+        Args:
+            network, compute_s: what seconds are predicted from, see `planner.predict`.
+            passes: backward passes that exchange; default one a step.
+            forwards: forward passes in training outside `no_sync`; default one for each of those.
+        """
+        return self._recorder.plan(
+            steps, network=network, compute_s=compute_s, passes=passes, forwards=forwards
+        )
+
+    def trace(self) -> Trace:
+        """What was sent and how long it took until now: the plan's phases, by ledger and clock."""
+        return self._recorder.trace()
+
+    def shared_buffers(self) -> list[torch.Tensor]:
+        """What all ranks take over from the first one before each forward pass."""
+        return list(self.module.buffers()) if self._broadcasts_buffers else []
+
     # --- for algorithms ----------------------------------------------------------------------------------
 
     def submit(self, begin: Callable[[Conversation], Operation], *, about: str) -> Pending:
@@ -221,6 +259,8 @@ class Replica(nn.Module):
             "ranks": [self.group.rank, self.group.size],
             "order": self._gradients.order if self._gradients else None,
             "state": self.algorithm.state_dict(),
+            "steps": self._recorder.steps_before + self._recorder.steps,
+            "loss_scale": self._loss_scale.last,
         }
 
     def load_algorithm_state(self, state: dict[str, Any]) -> None:
@@ -237,6 +277,8 @@ class Replica(nn.Module):
         if self._gradients is not None and state["order"] is not None:
             self._gradients.lay_out(state["order"])
         self.algorithm.load_state_dict(state["state"])
+        self._loss_scale.last = state.get("loss_scale")
+        self._recorder.steps_before = state.get("steps", 0) - self._recorder.steps
 
     # --- moments -----------------------------------------------------------------------------------------
 
@@ -250,14 +292,26 @@ class Replica(nn.Module):
             self._trained,
             bucket_bytes=self._bucket_bytes,
             as_views=self._as_views,
+            begins=self._begin_backward,
             exchange=exchange,
             holds=lambda: self.algorithm.holds_gradients,
             agree=lambda order: [int(at) for at in self.group.share(order)],
-            done=self.algorithm.after_gradients,
+            done=self._after_gradients,
         )
+
+    def _begin_backward(self) -> None:
+        factor = self._loss_scale.change()
+        self.algorithm.rescale(factor)
+        if self._uneven is not None:
+            self._uneven.announce("gradients", factor)
+
+    def _after_gradients(self) -> None:
+        self.algorithm.after_gradients()
+        self._recorder.count(passes=1)
 
     def _before_step(self) -> None:
         self._communicator.check()
+        self._loss_scale.notice_scaler()
         self.is_in_optimizer = True
         self.algorithm.before_step()
 
@@ -265,6 +319,7 @@ class Replica(nn.Module):
         self.is_in_optimizer = False
         self.algorithm.after_step()
         self._is_in_step = False
+        self._recorder.count(steps=1)
 
     # --- the beginning -----------------------------------------------------------------------------------
 
@@ -289,18 +344,11 @@ class Replica(nn.Module):
                         "Start all ranks with the same model and settings."
                     )
 
-    def _share(self, about: str, values: Iterable[torch.Tensor]) -> None:
-        """Give all ranks the first one's values."""
-        tensors = [each.detach() for each in values]
-        tensors = [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
-        for kind in dict.fromkeys((each.dtype, each.device) for each in tensors):
-            alike = [each for each in tensors if (each.dtype, each.device) == kind and each.numel()]
-            if not alike:
-                continue
-            flat = torch.cat([each.reshape(-1) for each in alike])
-            self.submit(partial(broadcast, values=flat), about=about).wait()
-            for target, part in zip(alike, flat.split([each.numel() for each in alike]), strict=True):
-                target.copy_(part.view(target.shape))
+    def _share(self, about: str, values: Iterable[torch.Tensor], *, source: int = 0) -> None:
+        share_tensors(self._submit, values, source=source, about=about)
+
+    def _submit(self, begin: Callable[[Conversation], Operation], about: str) -> Pending:
+        return self.submit(begin, about=about)
 
 
 def _digest(value: object) -> str:

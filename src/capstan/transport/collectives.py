@@ -38,7 +38,8 @@ def average(
         y_i = sum_j Q(x_j[chunk i]) / divisor,  values = concat_i Q(y_i)
 
     Sums go in the order of the ranks, a rank's own part encoded like the others', so the result does not
-    depend on who computes it. With the identity it is the plain mean.
+    depend on who computes it; those of 16-bit values are made in float32. With the identity it is the plain
+    mean.
 
     Args:
         compressor: encodes; with error feedback both on the way in (worker) and on the way out (server).
@@ -62,7 +63,7 @@ def average(
     gather.listen()
     yield scatter
 
-    mean = _sum_in_order(compressor, kept, own, arriving, len(members)).div_(divisor)
+    mean = _sum_in_order(compressor, kept, own, arriving, len(members)).div_(divisor).to(values.dtype)
 
     result = gather.to([members[at] for at in others], compressor.size(chunks[own]))
     compressor.encode(mean, result, key=f"{key} server")
@@ -75,7 +76,8 @@ def average(
 def _sum_in_order(
     compressor: Compressor, kept: Tensor, own: int, arriving: dict[int, Tensor], count: int
 ) -> Tensor:
-    total, part = torch.zeros_like(kept), torch.empty_like(kept)
+    part = torch.empty_like(kept)
+    total = torch.zeros_like(kept, dtype=torch.promote_types(kept.dtype, torch.float32))
     for at in range(count):
         if at == own:
             part_of = kept
