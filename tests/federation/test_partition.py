@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from capstan.errors import UsageError
 from capstan.federation.partition import SCHEMES, partition
-from capstan.federation.schedule import ALGORITHMS, Settings, epoch_iterations, is_lost, participants
+from capstan.federation.schedule import (
+    ALGORITHMS,
+    Settings,
+    epoch_iterations,
+    is_lost,
+    participants,
+    sample_order,
+)
 
 
 @given(
@@ -64,7 +71,9 @@ def test_an_epoch_has_every_sample_of_its_devices_once_and_ends_averaged(
     seen = {device: [] for device in devices}
     waiting = set()
     for iteration in iterations:
-        for number, rows in iteration.batches:
+        for number, rows, start in iteration.batches:
+            order = sample_order(settings, 3, number, sizes[number])
+            assert order[start : start + len(rows)].tolist() == rows.tolist()
             assert 1 <= len(rows) <= batch
             seen[number] += rows.tolist()
             waiting.add(number)

@@ -10,14 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from capstan.errors import InputError, UsageError
-from capstan.federation.cut_line import CutLine
+from capstan.federation.cut_line import CutReceiver, CutSender
 from capstan.federation.job import SplitJob
 from capstan.federation.members import CutNetwork, DeviceData, flat_state, set_flat_state, weighted_mean
 from capstan.federation.schedule import ALGORITHMS, Settings, epoch_iterations
 from capstan.federation.sparsifiers import RandomTopK, Threshold, TopK
 from capstan.federation.traffic import DOWN, UP
 from capstan.federation.wire import Wire
-from capstan.transport.ledger import Ledger
 
 DENSE = Wire(sparsifier=None, value_type="float32")
 WIDTH = 12
@@ -175,8 +174,22 @@ def test_splitfed_v2_is_one_top_and_an_average_of_bottoms():
     assert len(orders) > 1
 
 
+class Line:
+    """Both ends of a line across the cut."""
+
+    def __init__(self, wire):
+        self._sender, self._receiver = CutSender(wire, 0, 0), CutReceiver(wire, 0)
+
+    def forward(self, values, step):
+        rows, width = values.shape
+        return self._receiver.receive(self._sender.send(values, step), step, rows=rows, width=width)
+
+    def backward(self, gradient, step):
+        return self._sender.gradient(self._receiver.answer(gradient, step), step)
+
+
 def line(wire):
-    return CutLine(wire, Ledger(), (UP, DOWN), 0, 0)
+    return Line(wire)
 
 
 @pytest.mark.parametrize("sparsifier", [TopK(keep=0.25), TopK(keep=0.1, per="tensor"), Threshold(above=0.5)])
@@ -312,7 +325,9 @@ def test_a_device_that_comes_back_gets_the_current_bottom():
 
     def note(iteration):
         arrived = [
-            each.device for each in iteration.batches if job.devices[each.device].version == job.version - 1
+            each.device
+            for each in iteration.batches
+            if job.exchange.members[each.device].version == job.exchange.version - 1
         ]
         seen.append(arrived)
 
@@ -320,7 +335,7 @@ def test_a_device_that_comes_back_gets_the_current_bottom():
     assert any(
         device not in now and device in later for now, later in itertools.pairwise(seen) for device in later
     )
-    assert all(device.version >= 0 for device in job.devices)
+    assert all(member.version >= 0 for member in job.exchange.members)
 
 
 def test_devices_may_have_bottoms_of_their_own():

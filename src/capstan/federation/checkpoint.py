@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from capstan.errors import InputError
+from capstan.federation.cut_line import CutReceiver
 from capstan.federation.job import SplitJob
 from capstan.storage import write_atomically
 
@@ -21,7 +22,7 @@ def save_checkpoint(job: SplitJob, path: Path) -> None:
         "version": VERSION,
         "of": _identity(job),
         "epoch": job.epoch,
-        "average": job.version,
+        "average": job.exchange.version,
         "shared": job.shared_parts.state_dict(),
         "top": job.top.state_dict(),
         "top_optimiser": _optimiser_state(job.top_optimiser),
@@ -29,13 +30,13 @@ def save_checkpoint(job: SplitJob, path: Path) -> None:
             {
                 "parts": device.parts.state_dict(),
                 "optimiser": _optimiser_state(device.optimiser),
-                "average": device.version,
+                "average": member.version,
             }
-            for device in job.devices
+            for device, member in zip(job.devices, job.exchange.members, strict=True)
         ],
         "rests": {
-            f"{number} {way}": {key: torch.from_numpy(rest) for key, rest in line.rests.items()}
-            for (number, way), line in job.lines.items()
+            place: {key: torch.from_numpy(rest) for key, rest in line.rests.items()}
+            for place, line in _receivers(job).items()
         },
     }
     buffer = io.BytesIO()
@@ -64,18 +65,24 @@ def load_checkpoint(job: SplitJob, path: Path) -> None:
             f"{path} is of another job: its {name} is {found.get(name)}, here it is {wanted[name]}. "
             "Use another file, or the configuration that it was begun with."
         )
-    job.epoch, job.version = state["epoch"], state["average"]
+    job.epoch, job.exchange.version = state["epoch"], state["average"]
     job.shared_parts.load_state_dict(state["shared"])
     job.top.load_state_dict(state["top"])
     if job.top_optimiser is not None:
         job.top_optimiser.load_state_dict(state["top_optimiser"])
     for number, (device, kept) in enumerate(zip(job.devices, state["devices"], strict=True)):
         device.parts.load_state_dict(kept["parts"])
-        device.version = kept["average"]
+        job.exchange.members[number].version = kept["average"]
         if kept["optimiser"] is not None:
             job.restore_optimiser(number, kept["optimiser"])
-    for (number, way), line in job.lines.items():
-        line.rests.update({key: rest.numpy() for key, rest in state["rests"][f"{number} {way}"].items()})
+    for place, line in _receivers(job).items():
+        line.rests.update({key: rest.numpy() for key, rest in state["rests"][place].items()})
+
+
+def _receivers(job: SplitJob) -> dict[str, CutReceiver]:
+    """The ends of lines that feed errors back, by where they are."""
+    cuts = {f"{number} cut": member.cut for number, member in enumerate(job.exchange.members)}
+    return cuts | {f"{device.number} head": device.head for device in job.devices}
 
 
 def _identity(job: SplitJob) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One iteration over the cut, in process: batches up, the server's part as one, gradients down.
+"""The server's part of an iteration: batches that arrived as one, through its layers and back.
 
 With labels at the server its loss is the mean over all samples that arrived. Device i, with n_i of n samples,
 gets its gradient times n / n_i, so that each follows the mean of its own loss, and the mean of devices
@@ -7,119 +7,94 @@ loss.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from capstan.federation.cut_line import CutLine
-from capstan.federation.members import Device
+from capstan.federation.device import Loss
+from capstan.federation.members import floating_state
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Optimiser = torch.optim.Optimizer | None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ForwardPass:
-    """A device's batch under way: its activations with their graph, and what the server has of them."""
+class Outcome(NamedTuple):
+    """The mean loss of an iteration, and the gradient of what each device sent."""
 
-    device: Device
-    activations: Tensor
-    received: Tensor
-    labels: Tensor  # at the server, or on the device in the U-shape
-    line: CutLine
-    head_line: CutLine | None = None
+    loss: float
+    gradients: list[Tensor]
 
-    @property
-    def num_samples(self) -> int:
-        return len(self.labels)
+
+class HeadAnswer(NamedTuple):
+    """What a device's head says of its features: its mean loss and that loss's gradient."""
+
+    loss: float
+    gradient: Tensor
 
 
 def server_step(
-    passes: Sequence[ForwardPass],
+    received: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    shape: tuple[int, ...],
     top: nn.Module,
-    optimiser: torch.optim.Optimizer | None,
+    optimiser: Optimiser,
     loss: Loss,
-    step: int,
-) -> float:
-    """Train `top` on all passes as one batch, and each device on its gradient; the mean loss."""
-    pooled, sizes = _pooled(passes)
-    mean_loss = loss(top(_shaped(pooled, passes)), torch.cat([each.labels for each in passes]))
+) -> Outcome:
+    """Train `top` on all batches, (samples, width) activations of `shape` a sample, as one."""
+    pooled = _pooled(received, top)
+    mean_loss = loss(top(pooled.view(-1, *shape)), torch.cat(list(labels)).to(pooled.device))
     if optimiser is not None:
         optimiser.zero_grad()
     mean_loss.backward()
     if optimiser is not None:
         optimiser.step()
-    for each, gradient in zip(passes, _gradient(pooled).split(sizes), strict=True):
-        _zero(each.device)
-        _finish(each, gradient * (len(pooled) / each.num_samples), step)
-    return float(mean_loss.detach())
+    return Outcome(float(mean_loss.detach()), _own_gradients(pooled, [len(each) for each in received]))
 
 
 def u_shaped_step(
-    passes: Sequence[ForwardPass],
+    received: Sequence[Tensor],
+    shape: tuple[int, ...],
     middle: nn.Module,
-    optimiser: torch.optim.Optimizer | None,
-    loss: Loss,
-    step: int,
-) -> float:
-    """As `server_step`, but the network ends on the devices, with their labels."""
-    pooled, sizes = _pooled(passes)
-    features = middle(_shaped(pooled, passes))
-    flat = features.flatten(1)
+    optimiser: Optimiser,
+    ask_heads: Callable[[Sequence[Tensor], tuple[int, ...]], Sequence[HeadAnswer | None] | None],
+) -> Outcome | None:
+    """As `server_step`, but the network ends on the devices, with their labels.
+
+    `ask_heads` gives each device's features (samples, width), of a shape a sample, to its head; None stands
+    for a device that did not answer, whose features get no gradient, and None altogether ends the step.
+    """
+    pooled = _pooled(received, middle)
+    features = middle(pooled.view(-1, *shape))
+    flat, sizes = features.flatten(1), [len(each) for each in received]
+    answers = ask_heads(flat.split(sizes), tuple(features.shape[1:]))
+    if answers is None:
+        return None
+    answered = sum(size for size, answer in zip(sizes, answers, strict=True) if answer is not None)
     gradients, mean_loss = [], 0.0
-    for each, sent in zip(passes, flat.split(sizes), strict=True):
-        assert each.head_line is not None
-        _zero(each.device)
-        got = each.head_line.forward(sent, step).requires_grad_()
-        own_loss = loss(each.device.parts[1](got.view(-1, *features.shape[1:])), each.labels)
-        own_loss.backward()
-        share = each.num_samples / len(pooled)
-        gradients.append(each.head_line.backward(_gradient(got), step) * share)
-        mean_loss += float(own_loss.detach()) * share
+    for part, size, answer in zip(flat.split(sizes), sizes, answers, strict=True):
+        if answer is None:
+            gradients.append(torch.zeros_like(part))
+            continue
+        gradients.append(answer.gradient.to(flat) * (size / answered))
+        mean_loss += answer.loss * (size / answered)
     if optimiser is not None:
         optimiser.zero_grad()
     flat.backward(torch.cat(gradients))
     if optimiser is not None:
         optimiser.step()
-    for each, gradient in zip(passes, _gradient(pooled).split(sizes), strict=True):
-        _finish(each, gradient * (len(pooled) / each.num_samples), step)
-    return mean_loss
+    return Outcome(mean_loss, _own_gradients(pooled, sizes, answered))
 
 
-def local_step(device: Device, inputs: Tensor, labels: Tensor, loss: Loss) -> float:
-    """A step of the whole network on a device: federated averaging's."""
-    outputs = inputs
-    for part in device.parts:
-        outputs = part(outputs)
-    own_loss = loss(outputs, labels)
-    _zero(device)
-    own_loss.backward()
-    if device.optimiser is not None:
-        device.optimiser.step()
-    return float(own_loss.detach())
+def like(module: nn.Module) -> Tensor:
+    """An empty tensor of the type, and in the place, that a module's weights have."""
+    return next((each.new_empty(0) for each in floating_state(module)), torch.empty(0))
 
 
-def _pooled(passes: Sequence[ForwardPass]) -> tuple[Tensor, list[int]]:
-    pooled = torch.cat([each.received for each in passes]).requires_grad_()
-    return pooled, [each.num_samples for each in passes]
+def _pooled(received: Sequence[Tensor], module: nn.Module) -> Tensor:
+    return torch.cat(list(received)).to(like(module)).requires_grad_()
 
 
-def _shaped(pooled: Tensor, passes: Sequence[ForwardPass]) -> Tensor:
-    return pooled.view(-1, *passes[0].activations.shape[1:])
-
-
-def _gradient(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-
-
-def _zero(device: Device) -> None:
-    if device.optimiser is not None:
-        device.optimiser.zero_grad()
-
-
-def _finish(each: ForwardPass, gradient: Tensor, step: int) -> None:
-    received = each.line.backward(gradient, step)
-    if each.activations.requires_grad:
-        each.activations.backward(received.view_as(each.activations))
-    if each.device.optimiser is not None:
-        each.device.optimiser.step()
+def _own_gradients(pooled: Tensor, sizes: Sequence[int], total: int | None = None) -> list[Tensor]:
+    gradient = torch.zeros_like(pooled) if pooled.grad is None else pooled.grad
+    total = len(pooled) if total is None else total
+    return [each * (total / size) for each, size in zip(gradient.split(list(sizes)), sizes, strict=True)]

@@ -1,5 +1,6 @@
 """A network cut between devices and a server, trained in one process: what crosses is written and read."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from capstan.errors import InputError, UsageError
-from capstan.federation.cut_line import CutLine, masked, send_labels, send_weights
-from capstan.federation.iterations import ForwardPass, Loss, local_step, server_step, u_shaped_step
+from capstan.federation.cut_line import masked
+from capstan.federation.device import Device, LocalFleet, Loss
+from capstan.federation.exchange import Arrived, Exchange
+from capstan.federation.iterations import HeadAnswer, Outcome, like, server_step, u_shaped_step
 from capstan.federation.members import (
     CutNetwork,
-    Device,
     DeviceData,
     flat_state,
     num_state_elements,
@@ -23,13 +25,13 @@ from capstan.federation.members import (
     weighted_mean,
 )
 from capstan.federation.planner import Forecast, JobSizes, forecast
-from capstan.federation.schedule import Batch, Iteration, Settings, epoch_iterations, is_lost
-from capstan.federation.traffic import DOWN, UP, DeviceLink
+from capstan.federation.schedule import Iteration, Settings, epoch_iterations, is_lost
+from capstan.federation.tasks import Fleet
+from capstan.federation.traffic import DeviceLink
 from capstan.federation.wire import Wire
 from capstan.transport.ledger import Ledger
 
 _JUDGED_AT_ONCE = 256
-_FRESH_OPTIMISERS = ("fedavg", "split", "splitfed-v1", "splitfed-v2")
 
 
 @dataclass(kw_only=True)
@@ -65,33 +67,33 @@ class SplitJob:
         self,
         *,
         network: CutNetwork,
-        devices: Sequence[DeviceData],
+        devices: Sequence[DeviceData] = (),
+        fleet: Fleet | None = None,
         wire: Wire | None = None,
         settings: Settings | None = None,
         loss: Loss = nn.functional.cross_entropy,
     ) -> None:
         self.wire, self.settings, self.loss = wire or Wire(), settings or Settings(), loss
         self.network, self.ledger, self.epoch = network, Ledger(), 0
-        on_device, self.top = _divide(network, self.settings.algorithm)
-        _check_devices(network, devices, self.settings.algorithm)
-        self.version = 0
-        self._shared_parts = deepcopy(on_device)
-        self.devices = []
-        for data in devices:
-            parts = on_device if data.bottom is None else nn.ModuleList([data.bottom, *on_device[1:]])
-            self.devices.append(Device(data, parts, is_shared=data.bottom is None))
+        on_device, self.top = divide(network, self.settings.algorithm)
+        self.shared_parts = deepcopy(on_device)
+        """The device part as last averaged, which the server has."""
+        if fleet is None:
+            _check_devices(network, devices, self.settings.algorithm)
+            fleet = LocalFleet([self._device(number, data) for number, data in enumerate(devices)])
+        self.devices: list[Device] = fleet.devices if isinstance(fleet, LocalFleet) else []
+        """Those that are in this process."""
+        self.exchange = Exchange(
+            fleet, self.ledger, self.wire, self.settings, network.num_classes, self.shared_parts
+        )
         self.top_optimiser = self._sgd(self.top)
         self._tops: dict[int, tuple[nn.Module, torch.optim.Optimizer | None]] = {}
-        self.lines = {
-            (number, way): CutLine(self.wire, self.ledger, links, number, self.settings.seed)
-            for number in range(len(devices))
-            for way, links in (("cut", (UP, DOWN)), ("head", (DOWN, UP)))
-        }
         self.sizes = self._find_sizes()
 
     def forecast(self, epochs: int, link: DeviceLink | None = None) -> Forecast:
         """What the next `epochs` will send; without losses, and in codes of known size, exactly."""
-        fresh = {number: device.version == self.version for number, device in enumerate(self.devices)}
+        version, members = self.exchange.version, self.exchange.members
+        fresh = {number: member.version == version for number, member in enumerate(members)}
         following = range(self.epoch, self.epoch + epochs)
         return forecast(self.sizes, self.wire, self.settings, following, link or DeviceLink(), fresh)
 
@@ -129,7 +131,7 @@ class SplitJob:
                 "or layers that do not normalise over a batch."
             ) from error
         if iteration.averaged:
-            self._average(iteration.averaged)
+            self.exchange.average(iteration.averaged, self.epoch, number)
         return loss_sum
 
     @torch.no_grad()
@@ -138,9 +140,9 @@ class SplitJob:
 
         `device` names one with a bottom of its own; else it is the average of those that share theirs.
         """
-        if device is None and not any(each.is_shared for each in self.devices):
+        if device is None and not any(each.is_shared for each in self.exchange.fleet.facts):
             raise UsageError("Every device has a bottom of its own: say which device's is meant.")
-        parts = self._shared_parts if device is None else self.devices[device].parts
+        parts = self.shared_parts if device is None else self.devices[device].parts
         for part in (*parts, self.top):
             part.eval()
         try:
@@ -166,11 +168,6 @@ class SplitJob:
             raise InputError("Accuracy wants at least one sample, found none.")
         return float((self.outputs(inputs, device).argmax(1) == labels).double().mean())
 
-    @property
-    def shared_parts(self) -> nn.ModuleList:
-        """The device part as last averaged, which the server has."""
-        return self._shared_parts
-
     def restore_optimiser(self, number: int, state: dict[str, Any]) -> None:
         """Give a device the momentum that was kept of it."""
         device = self.devices[number]
@@ -180,13 +177,21 @@ class SplitJob:
 
     # --- an epoch ------------------------------------------------------------------------------------
 
+    def _device(self, number: int, data: DeviceData) -> Device:
+        return Device(
+            number,
+            data,
+            list(self.shared_parts),
+            num_classes=self.network.num_classes,
+            wire=self.wire,
+            settings=self.settings,
+            loss=self.loss,
+        )
+
     def _sgd(self, *modules: nn.Module) -> torch.optim.Optimizer | None:
         return sgd(modules, self.settings.learning_rate, self.settings.momentum)
 
     def _begin_epoch(self) -> None:
-        if self.settings.algorithm in _FRESH_OPTIMISERS:
-            for device in self.devices:
-                device.optimiser = None
         if self.settings.algorithm == "splitfed-v1":
             self._tops = {}
 
@@ -199,31 +204,48 @@ class SplitJob:
 
     def _iterate(self, iteration: Iteration, number: int, counts: EpochCounts) -> float:
         counts.iterations += 1
-        arrived = [
+        quorum = self.settings.quorum * len(iteration.batches) - 1e-9
+        sent = [
             batch
             for batch in iteration.batches
             if not is_lost(self.settings, self.epoch, number, batch.device)
         ]
-        counts.lost_batches += len(iteration.batches) - len(arrived)
-        for batch in arrived:
-            self._fetch(batch.device, number)
+        asked = self.exchange.present(sent, min(len(sent), math.ceil(quorum)))
         if self.settings.algorithm == "fedavg":
-            (batch,) = arrived
-            device = self.devices[batch.device]
-            loss = local_step(device, *device.batch(torch.from_numpy(batch.rows)), self.loss)
+            losses = self.exchange.local(asked, self.epoch, number)
+            arrived = [batch for batch in asked if batch.device in losses]
+            loss = sum(losses.values())
         else:
-            passes = [self._forward(batch, number) for batch in arrived]
-            if not passes or len(passes) < self.settings.quorum * len(iteration.batches) - 1e-9:
+            passes = self.exchange.forward(asked, self.epoch, number)
+            arrived = [each.batch for each in passes]
+            outcome = self._step(passes, number, quorum) if passes and len(passes) >= quorum else None
+            counts.lost_batches += len(iteration.batches) - len(arrived)
+            if outcome is None:
                 counts.skipped_iterations += 1
                 return 0.0
-            top, optimiser = self._top_of(arrived[0].device)
-            step = u_shaped_step if self.settings.algorithm == "u-shaped" else server_step
-            loss = step(passes, top, optimiser, self.loss, number)
+            self.exchange.backward(passes, outcome.gradients, self.epoch, number)
+            loss = outcome.loss
         samples = sum(len(batch.rows) for batch in arrived)
-        for batch in arrived:
-            self.devices[batch.device].samples_since_average += len(batch.rows)
         counts.samples += samples
         return loss * samples
+
+    def _step(self, passes: Sequence[Arrived], number: int, quorum: float) -> Outcome | None:
+        """Train the server's part; None where too few heads answered."""
+        top, optimiser = self._top_of(passes[0].batch.device)
+        received = [each.activations for each in passes]
+        shape = self.exchange.fleet.facts[passes[0].batch.device].cut_shape
+        if self.settings.algorithm != "u-shaped":
+            labels = [each.labels for each in passes if each.labels is not None]
+            return server_step(received, labels, shape, top, optimiser, self.loss)
+
+        def ask_heads(
+            features: Sequence[Tensor], feature_shape: tuple[int, ...]
+        ) -> list[HeadAnswer | None] | None:
+            answers = self.exchange.heads(passes, features, feature_shape, self.epoch, number)
+            came = sum(answer is not None for answer in answers)
+            return answers if came and came >= quorum else None
+
+        return u_shaped_step(received, shape, top, optimiser, ask_heads)
 
     def _top_of(self, device: int) -> tuple[nn.Module, torch.optim.Optimizer | None]:
         if self.settings.algorithm != "splitfed-v1":
@@ -233,84 +255,36 @@ class SplitJob:
             self._tops[device] = (top, self._sgd(top))
         return self._tops[device]
 
-    def _forward(self, batch: Batch, step: int) -> ForwardPass:
-        device, line = self.devices[batch.device], self.lines[batch.device, "cut"]
-        inputs, labels = device.batch(torch.from_numpy(batch.rows))
-        activations = device.parts[0](inputs)
-        received = line.forward(activations.flatten(1), step)
-        is_u_shaped = self.settings.algorithm == "u-shaped"
-        if not is_u_shaped:
-            labels = send_labels(self.ledger, UP, labels, self.network.num_classes, batch.device, step)
-        return ForwardPass(
-            device=device,
-            activations=activations,
-            received=received,
-            labels=labels,
-            line=line,
-            head_line=self.lines[batch.device, "head"] if is_u_shaped else None,
-        )
-
-    # --- averages ------------------------------------------------------------------------------------
-
-    def _fetch(self, number: int, step: int) -> None:
-        """Bring a device up to the newest average, if it has not got it."""
-        device = self.devices[number]
-        if device.is_shared and device.version != self.version:
-            if self.sizes.num_shared:
-                state = send_weights(self.ledger, DOWN, flat_state(self._shared_parts), number, step)
-                set_flat_state(device.parts, state)
-            device.version = self.version
-        if device.optimiser is None:
-            device.optimiser = self._sgd(device.parts)
-
-    def _average(self, numbers: Sequence[int]) -> None:
-        """Average the device parts of those that have trained since the last time, by their samples."""
-        states = []
-        for number in numbers:
-            device = self.devices[number]
-            if device.is_shared and device.samples_since_average and self.sizes.num_shared:
-                state = send_weights(self.ledger, UP, flat_state(device.parts), number, 0)
-                states.append((float(device.samples_since_average), state))
-            device.samples_since_average = 0
-        if states:
-            set_flat_state(self._shared_parts, weighted_mean(states))
-            self.version += 1
-
     # --- sizes ---------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _find_sizes(self) -> JobSizes:
-        with torch.random.fork_rng(devices=[]):
-            widths = {self._width(device) for device in self.devices if len(device.data.labels)}
+        facts = self.exchange.fleet.facts
+        shapes = [each.cut_shape for each in facts if each.num_samples]
+        widths = {math.prod(shape) for shape in shapes}
         if len(widths) != 1:
             raise InputError(f"Wanted one width of the cut on all devices, found {sorted(widths)}.")
-        cut_width, feature_width = next(iter(widths))
         return JobSizes(
-            num_samples=tuple(len(device.data.labels) for device in self.devices),
-            batch_sizes=tuple(device.data.batch_size for device in self.devices),
-            cut_width=cut_width,
-            num_shared=num_state_elements(self._shared_parts),
+            num_samples=tuple(each.num_samples for each in facts),
+            batch_sizes=tuple(each.batch_size for each in facts),
+            cut_width=widths.pop(),
+            num_shared=num_state_elements(self.shared_parts),
             num_classes=self.network.num_classes,
-            feature_width=feature_width,
-            with_own_bottom=frozenset(
-                number for number, device in enumerate(self.devices) if not device.is_shared
-            ),
+            feature_width=self._feature_width(shapes[0]),
+            with_own_bottom=frozenset(number for number, each in enumerate(facts) if not each.is_shared),
         )
 
-    def _width(self, device: Device) -> tuple[int, int]:
-        bottom, top = deepcopy(device.parts[0]).eval(), deepcopy(self.top).eval()
+    @torch.no_grad()
+    def _feature_width(self, shape: tuple[int, ...]) -> int:
+        top = deepcopy(self.top).eval()
         try:
-            hidden = bottom(device.data.inputs[:1])
-            outcome = top(hidden)
+            with torch.random.fork_rng(devices=[]):
+                outcome: Tensor = top(torch.zeros(1, *shape).to(like(top)))
         except (RuntimeError, ValueError, IndexError) as error:
-            raise InputError(
-                f"The network does not go with samples of the shape "
-                f"{tuple(device.data.inputs.shape[1:])} and type {device.data.inputs.dtype}: {error}"
-            ) from error
-        return hidden[0].numel(), outcome[0].numel() if self.settings.algorithm == "u-shaped" else 0
+            raise InputError(f"The top does not go with activations of the shape {shape}: {error}") from error
+        return outcome[0].numel() if self.settings.algorithm == "u-shaped" else 0
 
 
-def _divide(network: CutNetwork, algorithm: str) -> tuple[nn.ModuleList, nn.Module]:
+def divide(network: CutNetwork, algorithm: str) -> tuple[nn.ModuleList, nn.Module]:
     """What lies on devices, and what on the server."""
     bottom, top, head = deepcopy((network.bottom, network.top, network.head))
     if algorithm == "u-shaped":

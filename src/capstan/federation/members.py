@@ -1,7 +1,6 @@
-"""The two kinds of members: a device with its data and its part of the network, and the server's part."""
+"""What members have: a device its samples, devices and server their parts of a network; and their state."""
 
 from collections.abc import Iterable
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -89,20 +88,6 @@ def weighted_mean(states: Iterable[tuple[float, Tensor]]) -> Tensor:
     for weight, state in pairs:
         mean += state.double() * (weight / total)
     return mean.to(pairs[0][1])
-
-
-class Device:
-    """A device at work: its own copy of the device part, that part's optimiser, and which average it has."""
-
-    def __init__(self, data: DeviceData, parts: nn.ModuleList, *, is_shared: bool) -> None:
-        self.data, self.parts, self.is_shared = data, deepcopy(parts), is_shared
-        self.version = -1  # of the average that its weights are from; -1 before the first
-        self.samples_since_average = 0
-        self.optimiser: torch.optim.Optimizer | None = None
-
-    def batch(self, rows: "Tensor") -> tuple[Tensor, Tensor]:
-        """Inputs and labels of some of its samples."""
-        return self.data.inputs[rows], self.data.labels[rows].long()
 
 
 def sgd(modules: Iterable[nn.Module], learning_rate: float, momentum: float) -> torch.optim.Optimizer | None:

@@ -112,6 +112,12 @@ def write_packet(packet: CutPacket) -> tuple[bytes, Sizes]:
     return b"".join((header, checksum, payload)), Sizes(index=len(coded), values=len(values))
 
 
+def sizes_of(message: bytes) -> Sizes:
+    """What the bytes of a message are that `write_packet` wrote or `read_packet` took."""
+    *_, coded, valued = _HEADER.unpack_from(message)
+    return Sizes(index=coded, values=valued)
+
+
 def read_packet(
     message: bytes | bytearray | memoryview, *, width: int, max_rows: int, kept: int | None = None
 ) -> CutPacket:

@@ -77,10 +77,16 @@ class Settings:
 
 
 class Batch(NamedTuple):
-    """Some samples of a device, by their place on it."""
+    """Some samples of a device: their places on it, which are those from `start` on in the epoch's order."""
 
     device: int
     rows: NDArray[np.int64]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """Where the samples that follow in that order start."""
+        return self.start + len(self.rows)
 
 
 class Iteration(NamedTuple):
@@ -107,6 +113,11 @@ def device_order(devices: tuple[int, ...], settings: Settings, epoch: int) -> tu
     return tuple(order)
 
 
+def sample_order(settings: Settings, epoch: int, device: int, size: int) -> NDArray[np.int64]:
+    """The order in which a device takes its `size` samples in an epoch."""
+    return np.random.default_rng([settings.seed, 3, epoch, device]).permutation(size)
+
+
 def epoch_iterations(
     sizes: Sequence[int], batch_sizes: Sequence[int], settings: Settings, epoch: int
 ) -> Iterator[Iteration]:
@@ -123,12 +134,12 @@ def epoch_iterations(
         counts = dict.fromkeys(devices, max(counts.values(), default=0))
     dealt = {}
     for device in device_order(devices, settings, epoch):
-        order = np.random.default_rng([settings.seed, 3, epoch, device]).permutation(sizes[device])
+        order = sample_order(settings, epoch, device, sizes[device])
         if settings.is_joint:
             edges = np.arange(counts[device] + 1) * sizes[device] // counts[device]
         else:
             edges = np.minimum(np.arange(counts[device] + 1) * batch_sizes[device], sizes[device])
-        dealt[device] = [Batch(device, order[start:end]) for start, end in pairwise(edges)]
+        dealt[device] = [Batch(device, order[start:end], int(start)) for start, end in pairwise(edges)]
     if settings.is_joint:
         yield from _joint(list(dealt.values()), settings)
         return
