@@ -15,6 +15,7 @@ from capstan.allocation.exhaustive import search_all
 from capstan.allocation.gantt import gantt_svg
 from capstan.allocation.globe import regions_on_a_globe
 from capstan.allocation.layout import Layout, contiguous, layout_to_dict, read_layout, strided
+from capstan.allocation.messages import Interfaces
 from capstan.allocation.pair_seconds import PairSeconds, pair_seconds
 from capstan.allocation.planner import SEARCHES, Allocation, evaluate_layout, plan_allocation
 from capstan.allocation.step_simulation import SCHEDULES, StepSimulation, StepTask, simulate_step
@@ -28,6 +29,7 @@ __all__ = [
     "CostModel",
     "Costs",
     "Evolution",
+    "Interfaces",
     "Layout",
     "PairSeconds",
     "StepSimulation",

@@ -15,7 +15,9 @@ class Work:
     """`seconds` of one resource, from when all works named in `after` are done.
 
     `delay_s` passes between its end and what waits for it, while the resource is free again: a message's
-    latency. Of several works that are ready the resource takes the one with the lowest `order`.
+    latency. Of several works that are ready the resource takes the one with the lowest `order`. `behind`
+    names works and the seconds by which this one starts later than they do, at the least: how works follow
+    each other through something that they occupy for only a part of their time.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Work:
     after: tuple[str, ...] = ()
     delay_s: float = 0.0
     order: int = 0
+    behind: tuple[tuple[str, float], ...] = ()
 
 
 class Interval(NamedTuple):
@@ -65,15 +68,21 @@ class _Run:
 
     def __init__(self, works: list[Work]) -> None:
         self.works = works
-        self.waits = {work.name: len(set(work.after)) for work in works}
+        self.waits = {work.name: len(set(work.after)) + len(work.behind) for work in works}
         self.reached_s = dict.fromkeys(self.waits, 0.0)
         self.followers: defaultdict[str, list[int]] = defaultdict(list)
         for place, work in enumerate(works):
             for before in set(work.after):
                 self.followers[before].append(place)
+        self.starts_later: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
+        for place, work in enumerate(works):
+            for before, lag_s in work.behind:
+                self.starts_later[before].append((place, lag_s))
         self.ready: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         self.free_from_s: defaultdict[str, float] = defaultdict(float)
-        self.events = [_Event(0.0, place, True) for place, work in enumerate(works) if not work.after]
+        self.events = [
+            _Event(0.0, place, True) for place, work in enumerate(works) if not self.waits[work.name]
+        ]
         heapq.heapify(self.events)
         self.intervals: list[Interval] = []
 
@@ -101,11 +110,17 @@ class _Run:
         self.intervals.append(Interval(work.name, work.resource, now, end_s))
         heapq.heappush(self.events, _Event(end_s, place, False))
         for follower in self.followers[work.name]:
-            name = self.works[follower].name
-            self.waits[name] -= 1
-            self.reached_s[name] = max(self.reached_s[name], end_s + work.delay_s)
-            if not self.waits[name]:
-                heapq.heappush(self.events, _Event(self.reached_s[name], follower, True))
+            self._reach(follower, end_s + work.delay_s)
+        for follower, lag_s in self.starts_later[work.name]:
+            self._reach(follower, now + lag_s)
+
+    def _reach(self, place: int, time_s: float) -> None:
+        """One of the things that a work waits for comes at `time_s`."""
+        name = self.works[place].name
+        self.waits[name] -= 1
+        self.reached_s[name] = max(self.reached_s[name], time_s)
+        if not self.waits[name]:
+            heapq.heappush(self.events, _Event(self.reached_s[name], place, True))
 
 
 def _require_names(works: list[Work]) -> None:
@@ -118,6 +133,8 @@ def _require_names(works: list[Work]) -> None:
             raise UsageError(
                 f"{work.name!r} takes {work.seconds} s and {work.delay_s} s of delay; give times."
             )
-        for before in work.after:
+        if not all(math.isfinite(lag_s) and lag_s >= 0 for _, lag_s in work.behind):
+            raise UsageError(f"{work.name!r} starts {work.behind} behind others; give times of 0 s or more.")
+        for before in (*work.after, *(name for name, _ in work.behind)):
             if before not in names:
                 raise UsageError(f"{work.name!r} waits for {before!r}, which is not among the works.")
