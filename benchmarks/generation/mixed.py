@@ -4,8 +4,8 @@
     python benchmarks/generation/mixed.py --question prefix --model opt-6.7b --sequences 96 --prompt 512
 
 `lengths`: prompts of 32 to 512 tokens as they are, against the same prompts padded to the longest.
-`prefix`: prompts whose first 400 of 512 tokens are the same: with what the planner predicts to be faster, never
-shared, always shared.
+`prefix`: prompts whose first 400 of 512 tokens are the same: with what the planner predicts to be faster,
+never shared, always shared.
 Ours against ours, one after the other, each in a process of its own.
 """
 

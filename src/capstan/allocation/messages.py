@@ -31,7 +31,8 @@ class Messages:
 
     A message of n bytes over a link of bandwidth b occupies the link for n / min(b, up, down), the sender's
     interface for n / up from its first byte and the receiver's for n / down from when that arrives. The
-    interfaces serve messages in the order in which these methods were called: nothing overtakes, unless the interface is unbounded.
+    interfaces serve messages in the order in which these methods were called: nothing overtakes, unless the
+    interface is unbounded.
 
     Differs: real interfaces share their rate among all messages at once. Here one that has begun keeps its
     rate, and the next begins as soon as the interface has the room.

@@ -44,7 +44,7 @@ class Session:
         ledger: Ledger | None = None,
     ) -> None:
         require_extra("federation", "grpc")
-        import grpc  # type: ignore[import-untyped]
+        import grpc
 
         self._grpc, self.address, self.name = grpc, address, name
         self._security, self._limits = security or Security(), limits or Limits()

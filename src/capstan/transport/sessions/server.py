@@ -80,7 +80,7 @@ class SessionServer:
         answer_s: float = 60.0,
     ) -> None:
         require_extra("federation", "grpc")
-        import grpc  # type: ignore[import-untyped]
+        import grpc
 
         self._grpc, self._handle, self._on_lost, self._answer_s = grpc, handle, on_lost, answer_s
         self._security, self._limits = security or Security(), limits or Limits()
