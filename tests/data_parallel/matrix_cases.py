@@ -1,4 +1,4 @@
-"""Training loops as people write them, for test_loop_matrix.py; who trains in them, training_faces.py says."""
+"""Training loops as people write them, for test_loop_matrix.py; training_faces.py says who trains there."""
 
 import copy
 from collections.abc import Callable

@@ -38,7 +38,7 @@ def found(request, in_world):
     chosen = [
         [each.callspec.params["loop"], each.callspec.params["algorithm"]]
         for each in request.session.items
-        if each.path == request.path
+        if each.path == request.path and hasattr(each, "callspec")
     ]
     return in_world(FILE, "runs", 2, chosen)
 
