@@ -43,11 +43,11 @@ def model_of(dtype: torch.dtype) -> nn.Module:
     ).to(dtype)
 
 
-def accounts(rank: int, size: int, arguments: Any) -> dict[str, list[Any]]:
-    """Plan and trace of seven steps, by algorithm; and of as many with two backward passes each."""
+def accounts(rank: int, size: int, names: list[str]) -> dict[str, list[Any]]:
+    """Plan and trace of seven steps, by algorithm; in bfloat16 of as many with two backward passes each."""
     found = {}
     network = Network(num_ranks=size, bandwidth_bytes_per_s=1e6, latency_s=1e-3)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in names):
         for name in NAMES:
             model = model_of(dtype)
             is_qadam = name.startswith("qadam")

@@ -11,7 +11,7 @@ from capstan.data_parallel import HookState, hook, wrap
 from capstan.errors import CapstanError
 
 SCALES = (65536.0, 1024.0, 4096.0)
-STEPS = 30
+STEPS = 15
 
 
 def inputs_of(rank: int, step: int, width: int) -> torch.Tensor:

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import pytest
+
 from capstan.plans import Plan, Trace, compare
 
 FILE = str(Path(__file__).with_name("accounts_cases.py"))
 
 
-def test_a_plans_bytes_are_the_traces(in_world):
-    for rank, found in enumerate(in_world(FILE, "accounts", 3)):
-        assert len(found) == 38
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_plans_bytes_are_the_traces(in_world, dtype):
+    for rank, found in enumerate(in_world(FILE, "accounts", 3, [dtype])):
+        assert len(found) == 19
         for name, (told, measured) in found.items():
             plan, trace = Plan.from_dict(told), Trace.from_dict(measured)
             assert plan.traffic == trace.traffic, name

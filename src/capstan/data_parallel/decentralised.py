@@ -44,7 +44,7 @@ class Decentralised(Algorithm):
         self._exact = Compressor(Identity())
         self._steps = self._rounds = 0
         self._pending: list[Pending] = []
-        self._before: list[Tensor] = []  # the weights of an exchange that runs inside the optimizer's step
+        self._before: list[Tensor] = []  # the weights that are under way
 
     @property
     def description(self) -> str:
@@ -57,12 +57,10 @@ class Decentralised(Algorithm):
     def before_forward(self) -> None:
         if self._steps % self.every == 0 and not self._pending:
             round_number = self._rounds
-            is_in_step = self.replica.is_in_optimizer
             self._before = []
             for bucket in self._buckets:
                 values = bucket.take_weights()
-                if is_in_step:
-                    self._before.append(values.clone())
+                self._before.append(values.clone())
                 self._pending.append(
                     self.replica.submit(
                         partial(self._mix, values=values, round_number=round_number), about=bucket.key
@@ -71,20 +69,24 @@ class Decentralised(Algorithm):
             self._rounds += 1
 
     def before_step(self) -> None:
-        for pending, bucket in zip(self._pending, self._buckets, strict=False):
-            pending.wait()
-            bucket.put_weights(bucket.flat)
-        self._pending = []
+        self._take_over()
+
+    def after_step(self) -> None:
+        self._take_over()  # with a closure forward has run inside the step
+        self._steps += 1
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        # With a closure forward runs inside the step: the optimizer has moved the weights in the meantime.
+    def _take_over(self) -> None:
         for pending, bucket, before in zip(self._pending, self._buckets, self._before, strict=False):
             pending.wait()
-            for parameter, view in zip(bucket.parameters, bucket.views_of(bucket.flat - before), strict=True):
-                parameter.add_(view)
+            for parameter, mean, old in zip(
+                bucket.parameters, bucket.views, bucket.views_of(before), strict=True
+            ):
+                if torch.equal(parameter, old):
+                    parameter.copy_(mean)
+                else:  # moved in the meantime, by another optimizer or by the one whose step this is
+                    parameter.add_(mean - old)
         self._pending = []
-        self._steps += 1
 
     def _mix(self, talk: Conversation, values: Tensor, round_number: int) -> Operation:
         if self.peers == "all":

@@ -179,6 +179,18 @@ class QAdamMomenta(Centralised):
                 f"{type(replica.optimizer).__name__}. "
                 "Make that the optimizer, or take onebit, which works with any."
             )
+        moved = {id(each) for group in replica.optimizer.param_groups for each in group["params"]}
+        left = [
+            name
+            for name, each in replica.module.named_parameters()
+            if each.requires_grad and id(each) not in moved
+        ]
+        if left:
+            # Once the variance is frozen gradients stay a rank's own: another optimizer would part the ranks.
+            raise UsageError(
+                f"qadam averages what QAdam does, and QAdam does not move {left[0]} (one of {len(left)}). "
+                "Give it all trained parameters, or freeze the others with requires_grad_(False)."
+            )
         self._optimizer = replica.optimizer
         self._optimizer.is_shared = True
 

@@ -59,7 +59,6 @@ class Replica(nn.Module):
         self._recorder.has_started()
         record_at_the_end(self._recorder)
         self._is_in_step = False
-        self.is_in_optimizer = False
         self._loss_scale = LossScale(loss_scale)
         self._uneven: UnevenInputs | None = None
         self._gradients = self._collect() if algorithm.exchanges_gradients else None
@@ -312,11 +311,9 @@ class Replica(nn.Module):
     def _before_step(self) -> None:
         self._communicator.check()
         self._loss_scale.notice_scaler()
-        self.is_in_optimizer = True
         self.algorithm.before_step()
 
     def _after_step(self) -> None:
-        self.is_in_optimizer = False
         self.algorithm.after_step()
         self._is_in_step = False
         self._recorder.count(steps=1)

@@ -43,7 +43,8 @@ def wrap(
         optimizer: what moves the weights. Algorithms that exchange gradients can do without it, as DDP does.
         algorithm: a name (`ALGORITHMS`), or an algorithm with settings of its own; default: what the
             environment variable CAPSTAN_ALGORITHM names, or plain averages.
-        group: the ranks; default: all, through NCCL if the model is on a GPU, else through gloo.
+        group: the ranks, of one open model at a time; default: all, through NCCL if the model is on a GPU,
+            else through gloo.
         bucket_bytes: how many bytes of gradients are exchanged together.
         patience_s: how long one wait for another rank may take; only where `group` is not given.
         broadcast_buffers: as in DDP: where gradients are exchanged, all ranks take the first one's buffers,
