@@ -25,13 +25,21 @@ class Interfaces:
             if not all(rate > 0 for rate in getattr(self, name)):
                 raise UsageError(f"{name} has {min(getattr(self, name))}; give rates above 0, or infinity.")
 
+    def of_devices(self, numbers: Sequence[int]) -> "Interfaces":
+        """Those of some devices, in this order."""
+        return Interfaces(
+            up_bytes_per_s=[self.up_bytes_per_s[number] for number in numbers],
+            down_bytes_per_s=[self.down_bytes_per_s[number] for number in numbers],
+        )
+
 
 class Messages:
     """Makes the works of messages, in the order in which each device sends them and receives them.
 
     A message of n bytes over a link of bandwidth b occupies the link for n / min(b, up, down), the sender's
     interface for n / up from its first byte and the receiver's for n / down from when that arrives. The
-    interfaces serve messages in the order in which these methods were called: nothing overtakes, unless the interface is unbounded.
+    interfaces serve messages in the order in which these methods were called: nothing overtakes, unless the
+    interface is unbounded.
 
     Differs: real interfaces share their rate among all messages at once. Here one that has begun keeps its
     rate, and the next begins as soon as the interface has the room.
