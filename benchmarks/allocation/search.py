@@ -4,8 +4,8 @@
 
 The paper's five settings with its own constants, each search from ten seeds; then 256 devices in 32 made-up
 regions against long annealing, from a random and from the contiguous layout, and how search time grows.
-Expected before the run: the evolutionary search reaches the best known cost of each setting from every seed in
-under a second; random ranks and annealing of about the same time do not, and in the spot setting annealing
+Expected before the run: the evolutionary search reaches the best known cost of each setting from every seed
+in under a second; random ranks and annealing of about the same time do not, and in the spot setting annealing
 never leaves 49.504 s.
 """
 

@@ -93,12 +93,14 @@ def main() -> None:
                 "reached": round(each["ratio"], 3),
                 "holds": each["ratio"] >= PAPER_RATIO,
             }
-    in_full = peers["exact"]["Megatron's order, ranks by region"]["step_s"]
-    bars["compressed against Megatron's order in full precision, ranks by region, times as long"] = {
-        "goal": PAPER_RATIO,
-        "reached": round(in_full / figures["compressed"]["step_s"], 3),
-        "holds": in_full / figures["compressed"]["step_s"] >= PAPER_RATIO,
-    }
+    for peer, seconds in (("ranks by region", "step_s"), ("ranks as they come", "step_s_mean")):
+        in_full_s = peers["exact"][f"Megatron's order, {peer}"][seconds]
+        ratio = in_full_s / figures["compressed"]["step_s"]
+        bars[f"compressed: Megatron's order in full precision, {peer}, times as long"] = {
+            "goal": PAPER_RATIO,
+            "reached": round(ratio, 3),
+            "holds": ratio >= PAPER_RATIO,
+        }
     for bar in bars.values():
         if not bar["holds"]:
             bar["accepted"] = (
