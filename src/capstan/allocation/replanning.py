@@ -99,7 +99,12 @@ def replan(
         unchanged_s=None if unchanged is None else unchanged.step.seconds,
         cluster=best.search.cluster,
         allocation=allocation_of(
-            best.search, best.step, seed=current.seed, search_s=0.0, alternatives=alternatives
+            best.search,
+            best.step,
+            seed=current.seed,
+            search_s=0.0,
+            alternatives=alternatives,
+            reason="of those about as fast, that which moves least",
         ),
         moved_bytes=best.moved_bytes,
     )
@@ -166,15 +171,17 @@ class _Moving:
             if not self.slow:
                 return
 
-    def candidate(self, name: str, groups: Groups, layers: Sequence[int] | None) -> _Candidate | None:
-        """These groups with these layers, or with layers by speed; None where that cannot be."""
+    def candidate(
+        self, name: str, groups: Groups, layers: Sequence[int] | None, *, below_s: float = math.inf
+    ) -> _Candidate | None:
+        """These groups with these layers, or with layers by speed; None where that cannot be below."""
         if not groups[0]:
             return None
         used = [device for device in self.cluster.names if any(device in group for group in groups)]
         search = StepSearch(self.cluster.subset(used), self._goal(used))
         layout = Layout(groups=tuple(tuple(used.index(device) for device in group) for group in groups))
         try:
-            step = search.run_as(name, layout, self.current.step.shape, layers=layers)
+            step = search.run_as(name, layout, self.current.step.shape, layers=layers, below_s=below_s)
         except UsageError:
             return None
         if step is None:
@@ -183,20 +190,18 @@ class _Moving:
 
     def exchanged(self, best: _Candidate) -> _Candidate:
         """The best after a slow device has changed places with another, as long as that helps."""
-        for _ in range(_MOST_EXCHANGES if self.slow else 0):
-            names = best.search.cluster.names
-            groups = [[names[each] for each in group] for group in best.step.layout.groups]
-            found = [
-                each
-                for slow in self.slow
-                for groups_now in _exchanges(groups, slow)
-                for layers in (best.step.layers, None)
-                if (each := self.candidate(f"{best.name}, {slow} exchanged", groups_now, layers))
-            ]
-            better = min(found, key=lambda each: each.price, default=best)
-            if better.step.seconds >= best.step.seconds:
+        for _ in range(_MOST_EXCHANGES):
+            names, before = best.search.cluster.names, best
+            groups = [[names[each] for each in group] for group in before.step.layout.groups]
+            for slow in self.slow:
+                for swapped in _exchanges(groups, slow):
+                    for layers in (before.step.layers, None):
+                        name = f"{before.name}, {slow} exchanged"
+                        found = self.candidate(name, swapped, layers, below_s=best.step.seconds)
+                        if found is not None and found.price < best.price:
+                            best = found
+            if best is before:
                 break
-            best = better
         return best
 
     def _refilled(self, alive: set[str], replicas: int) -> Groups:

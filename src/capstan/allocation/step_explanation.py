@@ -26,12 +26,20 @@ def decision_of(step: Step, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def plan_of_step(
-    found: StepSearch, step: Step, simulation: StepSimulation, alternatives: tuple[Alternative, ...]
+    found: StepSearch,
+    step: Step,
+    simulation: StepSimulation,
+    *,
+    alternatives: tuple[Alternative, ...],
+    reason: str,
 ) -> Plan:
-    """The plan of one step: its pipeline until the last backward is done, then what is left of gradients."""
+    """The plan of one step: its pipeline until the last backward is done, then what is left of gradients.
+
+    `reason` says why this layout was taken.
+    """
     names, layout, shape = found.cluster.names, step.layout, step.shape
-    stages, replicas = layout.num_stages, layout.num_replicas
-    computed_s = max(each.end_s for each in simulation.intervals if each.resource in names)
+    stages, replicas, devices = layout.num_stages, layout.num_replicas, set(names)
+    computed_s = max(each.end_s for each in simulation.intervals if each.resource in devices)
     pipeline = Phase(
         name="pipeline",
         seconds=computed_s,
@@ -52,7 +60,7 @@ def plan_of_step(
         phases=(pipeline, exchange),
         peak_bytes=_peak_bytes(found, step),
         budget_bytes={name: device.memory_bytes for name, device in found.cluster.devices.items()},
-        choices=_choices(found, step),
+        choices=_choices(found, step, reason),
         decision=decision_of(step, names),
         bound=f"{busiest} is busy for {seconds_text(busy_s)} of {seconds_text(step.seconds)}",
         alternatives=alternatives,
@@ -90,12 +98,10 @@ def _peak_bytes(found: StepSearch, step: Step) -> dict[str, int]:
     return peak or {"each device": max(of_stage)}
 
 
-def _choices(found: StepSearch, step: Step) -> tuple[Choice, ...]:
+def _choices(found: StepSearch, step: Step, reason: str) -> tuple[Choice, ...]:
     shape, bits, speeds = step.shape, step.shape.bits, found.goal.facts.flops_per_s
     return (
-        Choice(
-            name="layout", value=step.name, reason=f"the fastest of {found.num_simulated} simulated steps"
-        ),
+        Choice(name="layout", value=step.name, reason=reason),
         Choice(name="layers of each stage", value=", ".join(map(str, step.layers))),
         Choice(name="schedule", value=f"{shape.schedule}, {shape.micro_batches} micro-batches"),
         Choice(

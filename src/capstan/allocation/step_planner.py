@@ -107,15 +107,31 @@ def plan_step(
     if found.best is None:
         raise _fits_nowhere(found, depths)
     found.improve_bits()
-    return allocation_of(found, found.best, seed=seed, search_s=clock() - begun)
+    search_s = clock() - begun
+    tried = f"the fastest of {found.num_simulated} simulated steps"
+    return allocation_of(
+        found, found.best, seed=seed, search_s=search_s, reason="used as listed" if layout else tried
+    )
 
 
 def allocation_of(
-    found: StepSearch, step: Step, *, seed: int, search_s: float, alternatives: tuple[Alternative, ...] = ()
+    found: StepSearch,
+    step: Step,
+    *,
+    seed: int,
+    search_s: float,
+    reason: str,
+    alternatives: tuple[Alternative, ...] = (),
 ) -> StepAllocation:
-    """A step with its simulation and its plan."""
+    """A step with its simulation and its plan; `reason` says why this layout was taken."""
     simulation = found.simulation(step)
-    plan = plan_of_step(found, step, simulation, (*alternatives, *_alternatives(found, step, seed)))
+    plan = plan_of_step(
+        found,
+        step,
+        simulation,
+        alternatives=(*alternatives, *_alternatives(found, step, seed)),
+        reason=reason,
+    )
     return StepAllocation(
         step=step, goal=found.goal, simulation=simulation, plan=plan, search_s=search_s, seed=seed
     )

@@ -132,8 +132,12 @@ class StepSearch:
         *,
         even: bool = False,
         layers: Sequence[int] | None = None,
+        below_s: float = np.inf,
     ) -> Step | None:
-        """This layout in just this way, layers as given or by speed; None where it does not fit."""
+        """This layout in just this way, layers as given or by speed.
+
+        None where it does not fit, or where its bound says that it is not below `below_s`.
+        """
         task, facts = self.goal.task, self.goal.facts
         try:
             if layers is None:
@@ -141,6 +145,8 @@ class StepSearch:
             require_room(task, facts, layout, layers, shape)
         except DoesNotFit as error:
             self.too_large = error
+            return None
+        if self._bounds.seconds(layout, step_task(task, facts, layout, layers, shape)) >= below_s:
             return None
         step = Step(name=name, layout=layout, layers=tuple(layers), shape=shape, seconds=np.inf)
         return self._run(step, shape)
@@ -161,9 +167,7 @@ class StepSearch:
             last_s = np.inf
             for many in self._micro_batches(layout.num_replicas):
                 shape = StepShape(schedule, many, self.goal.fewest_bits)
-                if self._bound_s(layout, shape, even) >= below_s:
-                    continue
-                found = self.run_as(name, layout, shape, even=even)
+                found = self.run_as(name, layout, shape, even=even, below_s=below_s)
                 if found is None:
                     continue
                 if found.seconds < below_s:
