@@ -4,11 +4,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from capstan.allocation.layout import Layout
-from capstan.allocation.step_planner import StepAllocation, allocation_of
+from capstan.allocation.step_planner import StepAllocation, allocation_of, fits_nowhere, possible_stages
 from capstan.allocation.step_search import Step, StepGoal, StepSearch
 from capstan.allocation.training_step import DeviceFacts
-from capstan.errors import DoesNotFit, UsageError, unknown_name
+from capstan.errors import UsageError, unknown_name
 from capstan.hardware import Cluster
 from capstan.plans import Alternative, bytes_text
 
@@ -62,13 +64,14 @@ def replan(
 ) -> Replan:
     """A fast step that few moves lead to: of all within a twentieth of the fastest the fewest bytes moved.
 
-    Schedule, micro-batches, bits and the number of stages stay. Weighed are: nobody moves; each stage fills
+    Schedule, micro-batches, bits and the number of stages stay, unless no such step can be run any more: then
+    all is planned afresh. Weighed are: nobody moves; each stage fills
     its holes with its own spare devices, which moves nothing; stages with devices to spare help those that
     lack some; slow devices stay idle; layers divided anew by speed; and up to two exchanges of a slow device
     with another.
 
     Raises:
-        UsageError: no such device, a factor below 1, or too few devices are left for the stages.
+        UsageError: no such device, a factor below 1, or no device is left.
         DoesNotFit: what is left has too little memory.
     """
     slow, gone = dict(slow or {}), tuple(dict.fromkeys(without))
@@ -78,12 +81,10 @@ def replan(
         "nobody moves", moving.complete_replicas(set(moving.left)), current.step.layers
     )
     tried = [each for each in moving.candidates() if each is not None]
-    if not tried:
-        raise DoesNotFit(
-            f"Without {', '.join(gone) or 'its old speed'} the model does not fit into {len(moving.left)} "
-            f"devices in {current.layout.num_stages} stages. Plan anew with another number of stages."
-        )
-    tried.append(moving.exchanged(min(tried, key=lambda each: each.price)))
+    if tried:
+        tried.append(moving.exchanged(min(tried, key=lambda each: each.price)))
+    else:
+        tried.append(moving.afresh())
     fastest_s = min(each.step.seconds for each in tried)
     best = min(
         (each for each in tried if each.step.seconds <= fastest_s * _WORTH_MOVING),
@@ -133,11 +134,8 @@ class _Moving:
         self.cluster, self.current, self.slow = cluster, current, slow
         self.groups: Groups = [[cluster.names[each] for each in group] for group in current.layout.groups]
         self.left = [name for name in cluster.names if name not in gone]
-        stages = current.layout.num_stages
-        if len(self.left) < stages:
-            raise UsageError(
-                f"{len(self.left)} devices are left, which cannot hold {stages} stages. Plan anew with fewer."
-            )
+        if not self.left:
+            raise UsageError("No device is left; a step needs one.")
         spans = _spans(current.step.layers)
         self._held = {
             name: set(span) for group, span in zip(self.groups, spans, strict=True) for name in group
@@ -187,6 +185,18 @@ class _Moving:
         if step is None:
             return None
         return _Candidate(name, search, step, self._moved_bytes(groups, step.layers))
+
+    def afresh(self) -> _Candidate:
+        """A plan that starts from nothing, with as many stages as are best."""
+        search = StepSearch(self.cluster.subset(self.left), self._goal(self.left))
+        depths = possible_stages(len(self.left), search.goal.task)
+        search.try_all(depths, search="auto", rng=np.random.default_rng(self.current.seed))
+        if search.best is None:
+            raise fits_nowhere(search, depths)
+        search.improve_bits()
+        step = replace(search.best, name="planned afresh")
+        groups = [[self.left[each] for each in group] for group in step.layout.groups]
+        return _Candidate(step.name, search, step, self._moved_bytes(groups, step.layers))
 
     def exchanged(self, best: _Candidate) -> _Candidate:
         """The best after a slow device has changed places with another, as long as that helps."""

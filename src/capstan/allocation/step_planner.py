@@ -96,7 +96,7 @@ def plan_step(
         interfaces=interfaces,
         asymmetric=asymmetric,
     )
-    depths = _depths(len(cluster.names), task, layout.num_stages if layout else stages)
+    depths = possible_stages(len(cluster.names), task, layout.num_stages if layout else stages)
     _require_samples(goal, len(cluster.names) // max(depths))
     begun = clock()
     found = StepSearch(cluster, goal)
@@ -105,7 +105,7 @@ def plan_step(
     else:
         found.try_all(depths, search=search, rng=np.random.default_rng(seed))
     if found.best is None:
-        raise _fits_nowhere(found, depths)
+        raise fits_nowhere(found, depths)
     found.improve_bits()
     search_s = clock() - begun
     tried = f"the fastest of {found.num_simulated} simulated steps"
@@ -137,7 +137,8 @@ def allocation_of(
     )
 
 
-def _depths(count: int, task: TrainingTask, stages: int | None) -> list[int]:
+def possible_stages(count: int, task: TrainingTask, stages: int | None = None) -> list[int]:
+    """The numbers of stages that so many devices can hold, or the one asked for."""
     if stages is not None:
         require_divisible(count, stages)
         if stages > task.num_layers:
@@ -162,7 +163,8 @@ def _require_samples(goal: StepGoal, fewest_replicas: int) -> None:
         )
 
 
-def _fits_nowhere(found: StepSearch, depths: list[int]) -> DoesNotFit:
+def fits_nowhere(found: StepSearch, depths: list[int]) -> DoesNotFit:
+    """The error that says what a layer takes, and where."""
     facts, task = found.goal.facts, found.goal.task
     return DoesNotFit(
         f"The model fits nowhere: not with {' or '.join(map(str, depths))} stages on "
