@@ -86,7 +86,7 @@ def test_the_plain_layout_is_never_faster_with_any_stages_or_micro_batches(
     for depth in [stages] if stages else [1, 2, 4, 8]:
         layout = contiguous(8, stages=depth)
         for schedule in ("gpipe", "1f1b"):
-            for many in (1, 2, 4):
+            for many in (1, 2, 4, 8):
                 task = step_task(
                     SMALL, found.goal.facts, layout, [8 // depth] * depth, StepShape(schedule, many, Bits())
                 )
@@ -289,6 +289,12 @@ def test_changes_that_cannot_be_are_refused(arguments: dict[str, Any], message: 
     cluster, current = even_step()
     with pytest.raises(UsageError, match=message):
         replan(cluster, current, **arguments)
+
+
+def test_a_step_of_another_cluster_is_not_planned_anew() -> None:
+    _, current = even_step()
+    with pytest.raises(UsageError, match="holds 12 devices, but the cluster has 8"):
+        replan(globe(), current)
 
 
 def test_what_is_left_may_not_fit() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from capstan.allocation.layout import Layout
+from capstan.allocation.planner import require_devices
 from capstan.allocation.step_planner import StepAllocation, allocation_of, fits_nowhere, possible_stages
 from capstan.allocation.step_search import Step, StepGoal, StepSearch
 from capstan.allocation.training_step import DeviceFacts
@@ -65,16 +66,16 @@ def replan(
     """A fast step that few moves lead to: of all within a twentieth of the fastest the fewest bytes moved.
 
     Schedule, micro-batches, bits and the number of stages stay, unless no such step can be run any more: then
-    all is planned afresh. Weighed are: nobody moves; each stage fills
-    its holes with its own spare devices, which moves nothing; stages with devices to spare help those that
-    lack some; slow devices stay idle; layers divided anew by speed; and up to two exchanges of a slow device
-    with another.
+    all is planned afresh. Weighed are: nobody moves; each stage fills its holes with its own spare devices,
+    which moves nothing; stages with devices to spare help those that lack some; slow devices stay idle;
+    layers divided anew by speed; and up to two exchanges of a slow device with another.
 
     Raises:
-        UsageError: no such device, a factor below 1, or no device is left.
+        UsageError: no such device, a factor below 1, no device is left, or the step is another cluster's.
         DoesNotFit: what is left has too little memory.
     """
     slow, gone = dict(slow or {}), tuple(dict.fromkeys(without))
+    require_devices(current.layout, cluster)
     _require_sense(cluster, slow, gone)
     moving = _Moving(cluster, current, slow, gone)
     unchanged = moving.candidate(

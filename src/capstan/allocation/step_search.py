@@ -161,7 +161,11 @@ class StepSearch:
         return replace(again, seconds=self.simulation(again).seconds)
 
     def _best_run(self, name: str, layout: Layout, *, even: bool, below_s: float) -> Step | None:
-        """The best schedule and number of micro-batches, doubled while that helps; None above `below_s`."""
+        """The best schedule and number of micro-batches; None where none is below `below_s`.
+
+        Of layouts that are proposed micro-batches are doubled while that helps, of plain ones to the end: no
+        way to run them may be better than what was found.
+        """
         best: Step | None = None
         for schedule in self.goal.schedules:
             last_s = np.inf
@@ -172,7 +176,7 @@ class StepSearch:
                     continue
                 if found.seconds < below_s:
                     best, below_s = found, found.seconds
-                if found.seconds >= last_s:
+                if found.seconds >= last_s and not even:
                     break
                 last_s = found.seconds
         return best
