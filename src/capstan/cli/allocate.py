@@ -71,8 +71,8 @@ EvaluateOption = Annotated[
 ScheduleOption = Annotated[
     str | None,
     typer.Option(
-        help="Plan by a simulated step instead of the paper's cost: with compute, micro-batches, overlap and "
-        "memory. 'gpipe', '1f1b', or 'auto': the faster one. Every option below asks for it, too.",
+        help="Plan by a simulated step instead of the paper's cost: with compute, micro-batches, overlap "
+        "and memory. 'gpipe', '1f1b', or 'auto': the faster one. Options from here to --gantt ask for it, too.",
         show_default=False,
     ),
 ]
@@ -175,11 +175,13 @@ def allocate(
     """Assign pipeline stages and replicas to devices so that a training step waits least for the network.
 
     capstan allocate --scenario worldwide
+
     capstan allocate net.yaml --stages 4 --svg map.svg
 
-    Under a simulated step, which also chooses stages, micro-batches and schedule:
+    By a simulated step, which also chooses stages, micro-batches and schedule:
 
     capstan allocate --scenario worldwide --schedule auto --activation-bits 4,16 --rank-map ranks.json
+
     capstan allocate net.yaml --schedule 1f1b --slow tokyo-3=2 --without oslo-1 --gantt step.svg
     """
     # Imported here: NumPy takes a while.
