@@ -72,7 +72,7 @@ ScheduleOption = Annotated[
     str | None,
     typer.Option(
         help="Plan by a simulated step instead of the paper's cost: with compute, micro-batches, overlap "
-        "and memory. 'gpipe', '1f1b', or 'auto': the faster one. Options from here to --gantt ask for it, too.",
+        "and memory. 'gpipe', '1f1b', or 'auto': the faster one. Options down to --gantt ask for it, too.",
         show_default=False,
     ),
 ]
