@@ -89,7 +89,7 @@ def test_the_papers_constants_are_refused_for_another_task() -> None:
 @pytest.mark.parametrize("field", ["parameters", "hidden_size", "batch_tokens"])
 def test_a_task_without_size_is_refused(field: str, value: float) -> None:
     with pytest.raises(UsageError, match=rf"{field} is .*above 0"):
-        TrainingTask(**{field: value})
+        TrainingTask(**{field: value})  # type: ignore[arg-type]
 
 
 sizes = st.sampled_from([(1, 3), (2, 2), (3, 1), (2, 3), (3, 2), (4, 2), (2, 4), (5, 1)])

@@ -91,17 +91,18 @@ def recursion(step: dict[str, Any]) -> float:
     @functools.cache
     def computed(stage: int, work: tuple[str, int]) -> float:
         place = orders[stage].index(work)
-        ready = computed(stage, orders[stage][place - 1]) if place else 0.0
+        ready: float = computed(stage, orders[stage][place - 1]) if place else 0.0
         if neighbour(stage, work[0], -1) is not None:
             ready = max(ready, arrived(stage, work))
-        return ready + (task.forward_s if work[0] == "forward" else task.backward_s)[chain[stage]]
+        seconds: float = step["task"][f"{work[0]}_s"][chain[stage]]
+        return ready + seconds
 
     @functools.cache
     def sent(stage: int, work: tuple[str, int]) -> float:
         """When a stage begins to send what it computed."""
         target = neighbour(stage, work[0], +1)
         assert target is not None
-        start = computed(stage, work)
+        start: float = computed(stage, work)
         earlier = [
             each
             for each in orders[stage][: orders[stage].index(work)]
@@ -174,6 +175,23 @@ def test_what_is_slower_or_larger_never_makes_a_step_shorter(
         case _ if step["interfaces"]:
             step["interfaces"][worse == "down"][device] /= 2
     assert run(step) >= before_s
+
+
+@pytest.mark.parametrize(("share_s", "seconds"), [(1.0, 20.0), (4.0, 20.0)])
+def test_sums_do_not_overtake_shares(share_s: float, seconds: float) -> None:
+    """d0 has early what comes to it where d1 -> d0 is fast; d2, which sends slowly, waits for its share."""
+    bandwidth = [[1.0, 0.25, 0.25], [1 / share_s, 1.0, 1.0], [1.0, 0.125, 1.0]]
+    step: dict[str, Any] = {
+        "latency_s": [[0.0] * 3 for _ in range(3)],
+        "bandwidth": bandwidth,
+        "groups": [[0, 1, 2]],
+        "task": {
+            "micro_batches": 1, "forward_s": [1.0] * 3, "backward_s": [1.0] * 3, "activation_bytes": 0.0,
+            "gradient_bytes": 3.0,
+        },
+        "interfaces": None,
+    }  # fmt: skip
+    assert run(step) == seconds
 
 
 @given(steps(), st.data())

@@ -162,3 +162,98 @@ def test_a_layout_and_stages_that_differ_are_refused(net: Path, tmp_path: Path) 
     path = tmp_path / "layout.json"
     path.write_text('{"groups": [[0, 2, 4, 6], [1, 3, 5, 7]]}')
     assert "has 2 stages, but --stages asks for 4" in str(failure(net, "--evaluate", path, "--stages", 4))
+
+
+def test_a_simulated_step_tells_how_it_runs_and_a_layout_of_it_is_simulated_again(
+    net: Path, tmp_path: Path
+) -> None:
+    told = record(
+        "--cluster", net, "--schedule", "auto", "--activation-bits", "4,16", "--batch-tokens", 65536
+    )
+    assert told.keys() == {
+        "verb", "scenario", "cluster", "layout", "step_s", "layers", "schedule", "micro_batches", "bits",
+        "search_s", "seed", "plan",
+    }  # fmt: skip
+    assert told["cluster"] == str(net)
+    assert sum(told["layers"]) == 24
+    assert told["step_s"] == pytest.approx(told["plan"]["seconds"], rel=1e-12)
+    path = tmp_path / "layout.json"
+    path.write_text(json.dumps(told["layout"]))
+    again = record(
+        net, "--evaluate", path, "--schedule", told["schedule"], "--micro-batches", told["micro_batches"],
+        "--activation-bits", told["bits"]["activations"], "--batch-tokens", 65536,
+    )  # fmt: skip
+    assert again["step_s"] == told["step_s"]
+
+
+def test_chart_rank_map_and_commands_are_written(net: Path, tmp_path: Path) -> None:
+    chart, ranks = tmp_path / "step.svg", tmp_path / "ranks.json"
+    text = run(net, "--stages", 2, "--gantt", chart, "--rank-map", ranks, "--micro-batches", 4)
+    assert chart.read_text().startswith("<svg ")
+    written = json.loads(ranks.read_text())
+    assert (written["format"], written["version"], written["run"]["micro_batches"]) == (
+        "capstan.rank-map",
+        1,
+        4,
+    )
+    for each in written["ranks"]:
+        assert f"{each['host']}: torchrun --nnodes=8 --nproc-per-node=1 --node-rank={each['rank']} " in text
+    # The paper's cost has a map, too, which says nothing of a step.
+    told = record(net, "--stages", 2, "--rank-map", ranks)
+    assert len(told["torchrun"]) == 8
+    assert json.loads(ranks.read_text())["run"] is None
+
+
+def test_devices_that_change_are_planned_for(net: Path) -> None:
+    words = [net, "--stages", 2, "--schedule", "1f1b", "--micro-batches", 4]
+    text = run(*words, "--without", "region1-2")
+    assert "before the change" in text
+    assert "0 moves, 0 B of weights" in text
+    assert "region1-2" not in text
+    change = record(*words, "--slow", "region1-2=8", "--without", "region0-1")["change"]
+    assert change.keys() == {"before_s", "unchanged_s", "after_s", "moves", "moved_bytes"}
+    assert change["before_s"] < change["after_s"] <= change["unchanged_s"] * 1.05
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "message"),
+    [
+        (["--schedule", "2f2b"], 2, "no schedule '2f2b'"),
+        (["--activation-bits", "many"], 2, "--activation-bits is 'many'"),
+        (["--activation-bits", ""], 2, "--activation-bits is ''"),
+        (["--gradient-bits", "9"], 2, "no 9 bits"),
+        (["--micro-batches", 0], 2, "at least 1 micro-batch"),
+        (["--layers", 0], 2, "num_layers is 0"),
+        (["--sequence", -1], 2, "sequence_tokens is -1"),
+        (["--device-flops", 0], 2, "computes 0.0 flops/s"),
+        (["--nic-gbit", 0], 2, "up_bytes_per_s has 0.0"),
+        (["--nic-gbit", "nan"], 2, "up_bytes_per_s has nan"),
+        (["--slow", "region0-0"], 2, "give DEVICE=FACTOR"),
+        (["--slow", "region0-0=fast"], 2, "give DEVICE=FACTOR"),
+        (["--slow", "region0-0=2", "--slow", "region0-0=3"], 2, "twice"),
+        (["--slow", "moon=2"], 2, "no device 'moon'"),
+        (["--without", "moon"], 2, "no device 'moon'"),
+        (["--schedule", "auto", "--svg", "map.svg"], 2, "belong to the paper's cost"),
+        (["--schedule", "auto", "--cost-model", "paper"], 2, "belong to the paper's cost"),
+        (["--schedule", "auto", "--cluster", "other.yaml"], 2, "Name the cluster file once"),
+        (["--schedule", "auto", "--parameters", "inf"], 2, "parameters is inf"),
+        (["--schedule", "auto", "--stages", 16], 2, "fewer devices than stages"),
+    ],
+)
+def test_a_simulated_step_that_cannot_be_says_what_to_do(
+    words: list[object], exit_code: int, message: str, net: Path
+) -> None:
+    error = failure(net, *words)
+    assert error.exit_code == exit_code
+    assert message in str(error)
+
+
+def test_asymmetric_links_are_simulated_each_way_when_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "net.csv"
+    path.write_text("source,target,latency_s,bandwidth_bytes_per_s\na,b,0.1,1e8\nb,a,0.2,1e8\n")
+    words = [path, "--stages", 2, "--schedule", "gpipe", "--micro-batches", 1]
+    assert failure(*words).exit_code == 2
+    told = record(*words, "--asymmetric", "mean")
+    # Forward and backward of 12 layers on each, there and back, 4.096 GB each way.
+    compute_s = 6 * 1.3e9 * 1e6 / 5e13
+    assert told["step_s"] == pytest.approx(compute_s + 0.1 + 0.2 + 2 * 40.96, rel=1e-12)

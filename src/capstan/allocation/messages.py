@@ -25,6 +25,13 @@ class Interfaces:
             if not all(rate > 0 for rate in getattr(self, name)):
                 raise UsageError(f"{name} has {min(getattr(self, name))}; give rates above 0, or infinity.")
 
+    def of_devices(self, numbers: Sequence[int]) -> "Interfaces":
+        """Those of some devices, in this order."""
+        return Interfaces(
+            up_bytes_per_s=[self.up_bytes_per_s[number] for number in numbers],
+            down_bytes_per_s=[self.down_bytes_per_s[number] for number in numbers],
+        )
+
 
 class Messages:
     """Makes the works of messages, in the order in which each device sends them and receives them.

@@ -80,20 +80,13 @@ def plan_allocation(
         UsageError: devices cannot be divided into the stages, or another argument makes no sense.
         DoesNotFit: a device is known to have less memory than its stage's weights, gradients and optimizer.
     """
-    if search not in SEARCHES:
-        raise unknown_name("search", search, SEARCHES)
-    if seed < 0:
-        raise UsageError(f"The seed is {seed}; give 0 or a whole number above it.")
+    require_search(search, seed)
     task = task or TrainingTask()
     network = _network(cluster, stages, task, cost_model, asymmetric)
     count = len(cluster.names)
-    if search == "auto":
-        few = num_layouts(count, stages=stages) <= _FEW_LAYOUTS
-        search, reason = ("exhaustive", "few layouts") if few else ("evolutionary", "too many to try all")
-    else:
-        reason = "asked for"
+    search, reason = search_for(search, count, stages)
     begun = clock()
-    found = _search(search, network.model, stages, np.random.default_rng(seed))
+    found = searched(search, network.model, stages, np.random.default_rng(seed))
     search_s = clock() - begun
     candidates = {
         "strided": strided(count, stages=stages).array,
@@ -127,9 +120,7 @@ def evaluate_layout(
     Raises:
         UsageError: the layout holds another number of devices than the cluster.
     """
-    count = layout.num_stages * layout.num_replicas
-    if count != len(cluster.names):
-        raise UsageError(f"The layout holds {count} devices, but the cluster has {len(cluster.names)}.")
+    require_devices(layout, cluster)
     task = task or TrainingTask()
     network = _network(cluster, layout.num_stages, task, cost_model, asymmetric)
     choices = (Choice(name="layout", value="given", reason="evaluated as asked"), _cost_choice(cost_model))
@@ -138,7 +129,7 @@ def evaluate_layout(
 
 def _network(cluster: Cluster, stages: int, task: TrainingTask, cost_model: str, asymmetric: str) -> _Network:
     count = len(cluster.names)
-    _require_divisible(count, stages)
+    require_divisible(count, stages)
     _require_memory(cluster, task.state_bytes(stages=stages), stages)
     replicas = count // stages
     tasklet = task.tasklet(stages=stages, replicas=replicas, cost_model=cost_model)
@@ -146,7 +137,24 @@ def _network(cluster: Cluster, stages: int, task: TrainingTask, cost_model: str,
     return _Network(cluster, tasklet, pairs, CostModel(pairs))
 
 
-def _search(name: str, model: CostModel, stages: int, rng: np.random.Generator) -> Numbers:
+def require_search(search: str, seed: int) -> None:
+    """There is such a search, and a seed for it."""
+    if search not in SEARCHES:
+        raise unknown_name("search", search, SEARCHES)
+    if seed < 0:
+        raise UsageError(f"The seed is {seed}; give 0 or a whole number above it.")
+
+
+def search_for(wanted: str, num_devices: int, stages: int) -> tuple[str, str]:
+    """The search that `auto` takes, or the one wanted; and why."""
+    if wanted != "auto":
+        return wanted, "asked for"
+    few = num_layouts(num_devices, stages=stages) <= _FEW_LAYOUTS
+    return ("exhaustive", "few layouts") if few else ("evolutionary", "too many to try all")
+
+
+def searched(name: str, model: CostModel, stages: int, rng: np.random.Generator) -> Numbers:
+    """(stages, replicas): what one of `SEARCHES` but `auto` finds."""
     if name == "exhaustive":
         return search_all(model, stages=stages)
     if name == "annealing":
@@ -213,7 +221,15 @@ def _cost_choice(cost_model: str) -> Choice:
     return Choice(name="cost model", value=cost_model, reason=reasons[cost_model])
 
 
-def _require_divisible(count: int, stages: int) -> None:
+def require_devices(layout: Layout, cluster: Cluster) -> None:
+    """The layout holds as many devices as the cluster has."""
+    count = layout.num_stages * layout.num_replicas
+    if count != len(cluster.names):
+        raise UsageError(f"The layout holds {count} devices, but the cluster has {len(cluster.names)}.")
+
+
+def require_divisible(count: int, stages: int) -> None:
+    """So many devices hold so many stages, equally many each."""
     if stages < 1:
         raise UsageError(f"{stages} stages make no pipeline; ask for at least 1.")
     if count % stages:

@@ -31,14 +31,19 @@ class Tasklet:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingTask:
-    """A transformer and its batch; by default the paper's GPT3-1.3B with a million tokens a step."""
+    """A transformer and its batch; by default the paper's GPT3-1.3B with a million tokens a step.
+
+    The paper's cost reads neither layers nor the tokens of a sample; a simulated step does.
+    """
 
     parameters: float = 1.3e9
     hidden_size: float = 2048.0
     batch_tokens: float = 1e6
+    num_layers: int = 24
+    sequence_tokens: float = 2048.0
 
     def __post_init__(self) -> None:
-        for name in ("parameters", "hidden_size", "batch_tokens"):
+        for name in ("parameters", "hidden_size", "batch_tokens", "num_layers", "sequence_tokens"):
             _require_positive(name, getattr(self, name))
 
     def tasklet(self, *, stages: int, replicas: int, cost_model: str = "corrected") -> Tasklet:
