@@ -1,4 +1,4 @@
-"""`capstan federate`: what a network cut sends, and training over one."""
+"""`capstan federate`: what a network cut sends, and training over one, in one process or many."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from capstan.cli.federate_sessions import join, serve, serve_job, tell_epoch
+
 if TYPE_CHECKING:
-    from capstan.federation.job import EpochCounts
     from capstan.plans import Plan
 
 federate = typer.Typer(
@@ -108,18 +109,24 @@ CheckpointOption = Annotated[
 ExplainOption = Annotated[bool, typer.Option("--explain", help="Print the plan and stop.")]
 
 
+ProcessesOption = Annotated[
+    bool, typer.Option("--processes", help="Each device in a process of its own, on this machine.")
+]
+
+
 @federate.command("run")
 def run(
     config: ConfigArgument,
     checkpoint: CheckpointOption = None,
     explain: ExplainOption = False,
+    processes: ProcessesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train as a YAML file says, all devices in this process; every byte becomes a message and is counted.
 
     capstan federate run job.yaml --checkpoint job.pt
     """
-    from capstan.errors import require_extra
+    from capstan.errors import UsageError, require_extra
 
     require_extra("torch", "torch")
     from capstan.federation.config import read_config
@@ -127,6 +134,11 @@ def run(
     from capstan.plans import compare
     from capstan.plans import explain as explain_plan
 
+    if processes and not explain:
+        if checkpoint is not None:
+            raise UsageError("Devices in processes of their own keep their state: leave out --checkpoint.")
+        serve_job(config, as_json, "federate run", starts_devices=True)
+        return
     prepared = prepare_run(read_config(config), checkpoint)
     if explain:
         if as_json:
@@ -135,15 +147,14 @@ def run(
             typer.echo(explain_plan(prepared.plan), nl=False)
         return
     typer.echo(explain_plan(prepared.plan), nl=False, err=True)
-    finished = train_run(prepared, checkpoint, _tell_epoch)
+    finished = train_run(prepared, checkpoint, tell_epoch)
     typer.echo(compare(prepared.plan, finished.trace), nl=False, err=as_json)
     if as_json:
         typer.echo(json.dumps({"verb": "federate run", **run_report(prepared, finished)}))
 
 
-def _tell_epoch(counts: "EpochCounts", accuracy: float) -> None:
-    loss = "none, every iteration was skipped" if counts.loss is None else f"{counts.loss:.4f}"
-    typer.echo(f"epoch {counts.epoch + 1}: loss {loss}, accuracy {accuracy:.4f}", err=True)
+federate.command("serve")(serve)
+federate.command("join")(join)
 
 
 def _whole(option: str, number: float) -> int:

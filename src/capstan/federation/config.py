@@ -176,6 +176,13 @@ class LinkConfig(_Strict):
         return DeviceLink(**self.model_dump())
 
 
+class SessionsConfig(_Strict):
+    """How long devices of their own may take for a task, and how long their server waits for them."""
+
+    deadline_s: Number = Field(default=60.0, gt=0)
+    rejoin_s: Number = Field(default=300.0, gt=0)
+
+
 class JobConfig(_Strict):
     """All of a job."""
 
@@ -185,6 +192,7 @@ class JobConfig(_Strict):
     wire: WireConfig = WireConfig()
     training: TrainingConfig = TrainingConfig()
     link: LinkConfig = LinkConfig()
+    sessions: SessionsConfig = SessionsConfig()
 
 
 def read_config(path: Path) -> JobConfig:

@@ -15,17 +15,24 @@ class Samples(NamedTuple):
     inputs: NDArray[np.float32]
     labels: NDArray[np.int64]
 
+    def scaled(self, scale: float) -> "Samples":
+        """The same with all inputs times `scale`."""
+        return Samples((self.inputs * scale).astype(np.float32), self.labels)
+
     def take(self, rows: NDArray[np.int64]) -> "Samples":
         """Some of them."""
         return Samples(self.inputs[rows], self.labels[rows])
 
 
-def read_samples(path: Path, *, inputs: str | None, label: str | None) -> Samples:
+def read_samples(
+    path: Path, *, inputs: str | None, label: str | None, num_classes: int | None = None
+) -> Samples:
     """The samples of a `.npz`, `.csv` or `.parquet` file.
 
     In a `.npz` file `inputs` and `label` name arrays (by default `inputs` and `labels`); in a table `label`
     names the column (by default the last), and all others are features. Labels of any kind become 0, 1, …
-    in their order.
+    in their order; but where the file is one of several, and may lack some of their `num_classes`, its labels
+    must be numbers below that already.
 
     Raises:
         InputError: the file is not there, or not what it should be.
@@ -46,7 +53,9 @@ def read_samples(path: Path, *, inputs: str | None, label: str | None) -> Sample
         )
     if not np.isfinite(features).all():
         raise InputError(f"{path} has inputs that are no finite numbers. Fill or drop them first.")
-    return Samples(features, np.unique(labels, return_inverse=True)[1].reshape(-1).astype(np.int64))
+    if num_classes is None:
+        return Samples(features, np.unique(labels, return_inverse=True)[1].reshape(-1).astype(np.int64))
+    return Samples(features, _checked_labels(labels, num_classes, path))
 
 
 def generate_samples(samples: int, features: int, classes: int, noise: float, seed: int) -> Samples:
@@ -97,6 +106,17 @@ def _read_parquet(path: Path, inputs: str | None, label: str | None) -> tuple[ND
     at = _column(table.column_names, label, path)
     columns = [table.column(each).to_numpy() for each in range(table.num_columns) if each != at]
     return np.stack(columns, axis=1), table.column(at).to_numpy()
+
+
+def _checked_labels(labels: NDArray[Any], num_classes: int, path: Path) -> NDArray[np.int64]:
+    known = np.arange(num_classes)
+    if labels.dtype.kind not in "biuf" or not np.isin(labels, known).all():
+        strange = [each for each in np.unique(labels).tolist() if each not in known.tolist()]
+        raise InputError(
+            f"{path}: a device's labels are whole numbers from 0 to {num_classes - 1}, the same on all "
+            f"devices; found {strange[0]!r}. Number them first."
+        )
+    return labels.reshape(-1).astype(np.int64)
 
 
 def _column(names: list[str], label: str | None, path: Path) -> int:

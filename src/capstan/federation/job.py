@@ -285,7 +285,7 @@ class SplitJob:
 
 
 def divide(network: CutNetwork, algorithm: str) -> tuple[nn.ModuleList, nn.Module]:
-    """What lies on devices, and what on the server."""
+    """Copies of what lies on devices, and what on the server."""
     bottom, top, head = deepcopy((network.bottom, network.top, network.head))
     if algorithm == "u-shaped":
         if head is None:
@@ -296,18 +296,20 @@ def divide(network: CutNetwork, algorithm: str) -> tuple[nn.ModuleList, nn.Modul
     return nn.ModuleList([bottom]), top if head is None else nn.Sequential(top, head)
 
 
+def check_labels(data: DeviceData, number: int, num_classes: int) -> None:
+    """Raise `InputError` unless all labels of a device are classes."""
+    if len(data.labels) and not 0 <= int(data.labels.min()) <= int(data.labels.max()) < num_classes:
+        raise InputError(
+            f"Labels must be from 0 to {num_classes - 1}, found {int(data.labels.min())} to "
+            f"{int(data.labels.max())} on device {number}."
+        )
+
+
 def _check_devices(network: CutNetwork, devices: Sequence[DeviceData], algorithm: str) -> None:
     if not any(len(data.labels) for data in devices):
         raise InputError("No device has a sample: there is nothing to train on.")
     for number, data in enumerate(devices):
-        if (
-            len(data.labels)
-            and not 0 <= int(data.labels.min()) <= int(data.labels.max()) < network.num_classes
-        ):
-            raise InputError(
-                f"Labels must be from 0 to {network.num_classes - 1}, found {int(data.labels.min())} to "
-                f"{int(data.labels.max())} on device {number}."
-            )
+        check_labels(data, number, network.num_classes)
         if data.bottom is not None and algorithm in ("fedavg", "split", "u-shaped"):
             raise UsageError(
                 f"{algorithm} gives all devices the same layers, so device {number} cannot have a bottom of "

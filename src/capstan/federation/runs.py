@@ -1,12 +1,11 @@
 """From a configuration to a plan, and from a plan to a trained network with its trace."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,11 +19,51 @@ from capstan.federation.members import CutNetwork, DeviceData
 from capstan.federation.partition import partition
 from capstan.federation.planner import Forecast
 from capstan.federation.schedule import epoch_iterations
+from capstan.federation.tasks import Fleet
 from capstan.federation.traffic import DOWN, UP
 from capstan.plans import Alternative, Choice, Phase, Plan, Trace, bytes_text, seconds_text
 
+
+class Place(NamedTuple):
+    """Where a job's devices are, and what then bounds its speed."""
+
+    machine: str
+    bound: str
+
+
+IN_PROCESS = Place(
+    "this process", "the processor: all devices compute in this process and nothing waits for a link"
+)
+OVER_SESSIONS = Place(
+    "devices of their own", "the slowest device and its link; the seconds planned are those of one process"
+)
 # In one process nothing waits for a link; named, so that a comparison shows its bytes.
 _NO_LINK_S = {UP: 0.0, DOWN: 0.0}
+
+
+class LoadedRun(NamedTuple):
+    """What a job has before its devices: samples to train on and to test with, and its network."""
+
+    train: Samples
+    test: Samples
+    network: CutNetwork
+
+    @property
+    def judged(self) -> tuple[Tensor, Tensor]:
+        """The test's inputs and labels."""
+        return torch.from_numpy(self.test.inputs), torch.from_numpy(self.test.labels)
+
+    def device_samples(self, config: JobConfig) -> list[Samples]:
+        """What lies on each device, where they bring no samples of their own."""
+        devices = config.devices
+        parts = partition(
+            self.train.labels,
+            devices.count,
+            scheme=devices.partition,
+            alpha=devices.alpha,
+            seed=config.training.seed,
+        )
+        return [self.train.take(part) for part in parts]
 
 
 class PreparedRun(NamedTuple):
@@ -46,31 +85,33 @@ class FinishedRun(NamedTuple):
 
 def prepare_run(config: JobConfig, checkpoint: Path | None = None) -> PreparedRun:
     """Read data, build the network, and plan what is left to do after `checkpoint`, if that is there."""
-    train, test = _samples(config)
-    parts = partition(
-        train.labels,
-        config.devices.count,
-        scheme=config.devices.partition,
-        alpha=config.devices.alpha,
-        seed=config.training.seed,
-    )
-    devices = [
-        DeviceData(
-            inputs=torch.from_numpy(part.inputs), labels=torch.from_numpy(part.labels), batch_size=batch
-        )
-        for part, batch in zip(
-            map(train.take, parts), config.devices.batches(list(map(len, parts))), strict=True
-        )
-    ]
-    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    network = _network(config, tuple(train.inputs.shape[1:]), num_classes)
+    loaded = load_run(config)
+    parts = loaded.device_samples(config)
+    batches = config.devices.batches([len(part.labels) for part in parts])
+    devices = [_device_data(part, batch) for part, batch in zip(parts, batches, strict=True)]
     job = SplitJob(
-        network=network, devices=devices, wire=config.wire.wire(), settings=config.training.settings()
+        network=loaded.network, devices=devices, wire=config.wire.wire(), settings=config.training.settings()
     )
     if checkpoint is not None and checkpoint.exists():
         load_checkpoint(job, checkpoint)
-    judged = (torch.from_numpy(test.inputs), torch.from_numpy(test.labels))
-    return PreparedRun(config, job, judged, _plan(config, job))
+    return PreparedRun(config, job, loaded.judged, _plan(config, job, devices, IN_PROCESS))
+
+
+def prepare_served_run(config: JobConfig, loaded: LoadedRun, fleet: Fleet) -> PreparedRun:
+    """The same over devices that have joined; seconds are planned as if all were in one process."""
+    job = SplitJob(
+        network=loaded.network, fleet=fleet, wire=config.wire.wire(), settings=config.training.settings()
+    )
+    sample = torch.zeros(1, *loaded.train.inputs.shape[1:])
+    blanks = [
+        DeviceData(
+            inputs=sample.expand(each.num_samples, *sample.shape[1:]),
+            labels=torch.zeros(each.num_samples, dtype=torch.int64),
+            batch_size=each.batch_size,
+        )
+        for each in fleet.facts
+    ]
+    return PreparedRun(config, job, loaded.judged, _plan(config, job, blanks, OVER_SESSIONS))
 
 
 def train_run(
@@ -102,7 +143,11 @@ def train_run(
     )
     notes = [f"{lost} batches were lost and {skipped} iterations skipped."] if lost else []
     trace = Trace(
-        system="federation", title=run.plan.title, machine="this process", phases=(phase,), notes=tuple(notes)
+        system="federation",
+        title=run.plan.title,
+        machine=run.plan.machine,
+        phases=(phase,),
+        notes=tuple(notes),
     )
     return FinishedRun(trace, accuracy, counts)
 
@@ -119,21 +164,27 @@ def run_report(run: PreparedRun, finished: FinishedRun | None) -> dict[str, Any]
     return report
 
 
-def _samples(config: JobConfig) -> tuple[Samples, Samples]:
+def load_run(config: JobConfig) -> LoadedRun:
+    """Read or generate the data of a job, and build its network.
+
+    Raises:
+        InputError: the data are not there, or do not go with the network.
+    """
     data = config.data
     if data.generate is not None:
         found = generate_samples(**data.generate.model_dump())
     else:
         assert data.path is not None
         found = read_samples(data.path, inputs=data.inputs, label=data.label)
-    scaled = Samples((found.inputs * data.scale).astype(np.float32), found.labels)
-    train, test = split_off_test(scaled, data.test_fraction, config.training.seed)
+    train, test = split_off_test(found.scaled(data.scale), data.test_fraction, config.training.seed)
     if not len(test.labels) or not len(train.labels):
         raise InputError(f"{len(found.labels)} samples leave none to train on or none to test with.")
-    return train, test
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+    return LoadedRun(train, test, build_network(config, tuple(train.inputs.shape[1:]), num_classes))
 
 
-def _network(config: JobConfig, sample_shape: tuple[int, ...], num_classes: int) -> CutNetwork:
+def build_network(config: JobConfig, sample_shape: tuple[int, ...], num_classes: int) -> CutNetwork:
+    """The network of a job, the same wherever it is built."""
     layers, shapes = build_layers(config.model.layers, sample_shape, seed=config.training.seed)
     if shapes[-1] != (num_classes,):
         raise InputError(
@@ -150,15 +201,21 @@ def _network(config: JobConfig, sample_shape: tuple[int, ...], num_classes: int)
     )
 
 
-def _plan(config: JobConfig, job: SplitJob) -> Plan:
+def _device_data(part: Samples, batch: int) -> DeviceData:
+    return DeviceData(
+        inputs=torch.from_numpy(part.inputs), labels=torch.from_numpy(part.labels), batch_size=batch
+    )
+
+
+def _plan(config: JobConfig, job: SplitJob, devices: Sequence[DeviceData], place: Place) -> Plan:
     epochs = max(0, config.training.epochs - job.epoch)
     link = config.link.link()
     found = job.forecast(epochs, link)
-    compute_s = _iteration_s(job) * found.iterations if epochs else 0.0
+    compute_s = _iteration_s(job, devices) * found.iterations if epochs else 0.0
     return Plan(
         system="federation",
-        title=f"{config.training.algorithm} on {len(job.devices)} devices, {epochs} epochs",
-        machine="this process",
+        title=f"{config.training.algorithm} on {config.devices.count} devices, {epochs} epochs",
+        machine=place.machine,
         phases=(
             Phase(
                 name="training",
@@ -170,7 +227,7 @@ def _plan(config: JobConfig, job: SplitJob) -> Plan:
         ),
         choices=_choices(config, job, found, epochs),
         decision=config.model_dump(mode="json"),
-        bound="the processor: all devices compute in this process and nothing waits for a link",
+        bound=place.bound,
         alternatives=(_fedavg(job, found, epochs, link.seconds, compute_s),) if epochs else (),
     )
 
@@ -222,10 +279,11 @@ def _fedavg(
     )
 
 
-def _iteration_s(job: SplitJob) -> float:
+def _iteration_s(job: SplitJob, devices: Sequence[DeviceData]) -> float:
     """Seconds of the first iteration, tried on a job of its own; the second try counts."""
-    data = [device.data for device in job.devices]
-    trial = SplitJob(network=job.network, devices=data, wire=job.wire, settings=job.settings, loss=job.loss)
+    trial = SplitJob(
+        network=job.network, devices=devices, wire=job.wire, settings=job.settings, loss=job.loss
+    )
     sizes = trial.sizes
     first = next(epoch_iterations(sizes.num_samples, sizes.batch_sizes, job.settings, 0))
     seconds = 0.0
