@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from contextlib import ExitStack
+from pathlib import Path
 
 import grpc
 import pytest
@@ -359,6 +360,78 @@ def test_a_file_without_a_token_is_named(tmp_path):
         read_token(tmp_path / "none")
     with pytest.raises(UsageError, match="printable"):
         Security(token="two\nlines")
+
+
+CERTIFICATES = Path(__file__).parent / "certificates"
+
+
+def shown(certificate, token="abracadabra", authority="authority"):
+    return Security(
+        certificate=CERTIFICATES / f"{certificate}.pem",
+        key=CERTIFICATES / f"{certificate}.key",
+        authority=CERTIFICATES / f"{authority}.pem",
+        token=token,
+    )
+
+
+def test_with_certificates_and_token_sessions_are_served_at_any_address(opened):
+    server = opened(SessionServer(echo, host="0.0.0.0", security=shown("member")))
+    asking = opened(session(server.port, security=shown("member")))
+    assert asking.ask(b"12", timeout_s=30) == b"21"
+    with pytest.raises(InputError, match="The token is not the server's"):
+        opened(session(server.port, security=shown("member", token="another"))).ask(b"1", timeout_s=30)
+
+
+@pytest.mark.parametrize(
+    ("of_server", "of_client", "said"),
+    [
+        ("member", "expired", "refuses .*expired.pem"),
+        ("member", "foreign", "refuses .*foreign.pem"),
+        ("expired", "member", "certificate of .* is not trusted: certificate has expired"),
+        ("foreign", "member", "certificate of .* is not trusted: .*local issuer"),
+    ],
+)
+def test_a_certificate_that_is_not_valid_is_refused_at_once_and_the_server_stays(
+    of_server, of_client, said, opened
+):
+    server = opened(SessionServer(echo, security=shown(of_server)))
+    with pytest.raises(InputError, match=said):
+        opened(session(server.port, security=shown(of_client))).ask(b"1", timeout_s=20)
+    if of_server == "member":
+        assert opened(session(server.port, security=shown("member"))).ask(b"12", timeout_s=30) == b"21"
+
+
+def test_no_certificate_or_no_tls_at_all_is_refused(opened):
+    server = opened(SessionServer(echo, security=shown("member")))
+    with pytest.raises(TimeoutExpired, match=f"127.0.0.1:{server.port} did not answer"):
+        opened(session(server.port, security=Security(token="abracadabra"))).ask(b"1", timeout_s=1)
+    plain = opened(SessionServer(echo, security=Security(token="abracadabra")))
+    with pytest.raises(InputError, match="refuses"):
+        opened(session(plain.port, security=shown("member"))).ask(b"1", timeout_s=20)
+
+
+def test_a_server_that_is_not_there_is_waited_for_also_with_certificates(opened):
+    server = SessionServer(echo, security=shown("member"))
+    server.close(0)
+    with pytest.raises(TimeoutExpired):
+        opened(session(server.port, security=shown("member"))).ask(b"1", timeout_s=0.5)
+
+
+def test_files_that_are_no_certificates_are_named(tmp_path):
+    member = CERTIFICATES / "member.pem"
+    (tmp_path / "a.pem").write_text("nothing")
+    for certificate, key in (
+        (member, CERTIFICATES / "foreign.key"),
+        (tmp_path / "a.pem", tmp_path / "a.pem"),
+    ):
+        wrong = Security(certificate=certificate, key=key, authority=CERTIFICATES / "authority.pem")
+        for use in (lambda s=wrong: SessionServer(echo, security=s), lambda s=wrong: session(1, security=s)):
+            with pytest.raises(InputError, match="are not a certificate, its key"):
+                use()
+    with pytest.raises(InputError, match="none.key cannot be read"):
+        session(1, security=Security(certificate=member, key=tmp_path / "none.key", authority=member))
+    with pytest.raises(UsageError, match="given together"):
+        Security(certificate=member)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "[::]", "example.org"])

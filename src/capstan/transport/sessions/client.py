@@ -48,7 +48,8 @@ class Session:
 
         self._grpc, self.address, self.name = grpc, address, name
         self._security, self._limits = security or Security(), limits or Limits()
-        self._security.check_address(_host(address))
+        self._host, self._port = _host_and_port(address)
+        self._security.check_address(self._host)
         self.ledger = ledger or Ledger()
         self._number = 0
         self._stream: _Stream | None = None
@@ -100,6 +101,8 @@ class Session:
                     raise InputError(f"{self.address} refuses {self.name}: {error.details()}") from error
                 if error.code() is not self._grpc.StatusCode.CANCELLED:
                     lost = error.details()
+                if self._security.has_certificate:
+                    self._security.check_handshake(self._host, self._port)
             except StopIteration:
                 self._drop()
                 lost = "it ended the connection"
@@ -163,8 +166,8 @@ class Session:
         )
 
 
-def _host(address: str) -> str:
+def _host_and_port(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isdecimal() and 0 < int(port) < 2**16):
         raise UsageError(f"Wanted the server as HOST:PORT, found {address!r}.")
-    return host
+    return host, int(port)

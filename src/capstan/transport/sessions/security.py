@@ -2,11 +2,15 @@
 
 import hmac
 import ipaddress
+import socket
+import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from capstan.errors import InputError, UsageError
+
+_HANDSHAKE_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +69,57 @@ class Security:
         found = said if isinstance(said, bytes) else said.encode()
         return hmac.compare_digest(found, f"Bearer {self.token}".encode())
 
+    def check_handshake(self, host: str, port: int) -> None:
+        """Find out why there is no connection: gRPC does not say who refuses whom, and goes on trying.
+
+        Raises:
+            InputError: this side does not trust the server's certificate, or the server not this side's.
+        """
+        context, address = self._context(ssl.Purpose.SERVER_AUTH), f"{host}:{port}"
+        context.set_alpn_protocols(["h2"])
+        try:
+            with (
+                socket.create_connection((host.strip("[]"), port), _HANDSHAKE_S) as plain,
+                context.wrap_socket(plain, server_hostname=host.strip("[]")) as stream,
+            ):
+                # A server judges the client's certificate when the client's handshake is already done.
+                is_closed = not stream.recv(1)
+        except ssl.SSLCertVerificationError as error:
+            raise InputError(
+                f"The certificate of {address} is not trusted: {error.verify_message}. It must be signed by "
+                f"{self.authority} and name the host."
+            ) from error
+        except ssl.SSLError as error:
+            raise InputError(
+                f"{address} refuses {self.certificate}, or speaks no TLS: {error.reason}."
+            ) from error
+        except OSError:
+            return  # it cannot be reached: that is no matter of certificates
+        if is_closed:
+            raise InputError(
+                f"{address} refuses {self.certificate}: it must be valid today, and signed by the authority "
+                "that the server was given."
+            )
+
     def _pem(self) -> tuple[bytes, bytes, bytes]:
         assert self.key is not None
         assert self.certificate is not None
         assert self.authority is not None
-        return _read(self.key), _read(self.certificate), _read(self.authority)
+        pem = _read(self.key), _read(self.certificate), _read(self.authority)
+        self._context(ssl.Purpose.CLIENT_AUTH)
+        return pem
+
+    def _context(self, purpose: ssl.Purpose) -> ssl.SSLContext:
+        assert self.certificate is not None
+        try:
+            context = ssl.create_default_context(purpose, cafile=self.authority)
+            context.load_cert_chain(self.certificate, self.key)
+        except ssl.SSLError as error:
+            raise InputError(
+                f"{self.certificate}, {self.key} and {self.authority} are not a certificate, its key and an "
+                f"authority's certificate in PEM: {error.reason}."
+            ) from error
+        return context
 
 
 def read_token(path: Path) -> str:
