@@ -130,7 +130,16 @@ def test_three_device_processes_train_what_one_process_trains_to_the_bit(fork, w
     the_same(result, job)
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "split", "splitfed-v1", "splitfed-v2", "u-shaped"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "u-shaped",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("fedavg", "split", "splitfed-v1", "splitfed-v2")
+        ),
+    ],
+)
 def test_every_algorithm_is_the_same_over_sessions(fork, algorithm):
     model = {"head": 5} if algorithm == "u-shaped" else {}
     job = config(training={"algorithm": algorithm, "epochs": 1}, model=model)
