@@ -71,6 +71,8 @@ def _can_import(module: str) -> bool:
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """An error for a name that is not among `known`, suggesting the nearest one."""
     names = sorted(known)
+    if not names:
+        return UsageError(f"There is no {kind} {name!r}, nor another.")
     nearest = get_close_matches(name, names, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return UsageError(f"There is no {kind} {name!r}.{hint} Known: {', '.join(names)}.")

@@ -218,7 +218,7 @@ def test_devices_that_change_are_planned_for(net: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "exit_code", "message"),
     [
-        (["--schedule", "2f2b"], 2, "no schedule '2f2b'"),
+        (["--schedule", "2f2b"], 2, "no schedule '2f2b'. Known: 1f1b, auto, gpipe."),
         (["--activation-bits", "many"], 2, "--activation-bits is 'many'"),
         (["--activation-bits", ""], 2, "--activation-bits is ''"),
         (["--gradient-bits", "9"], 2, "no 9 bits"),

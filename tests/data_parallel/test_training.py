@@ -79,8 +79,9 @@ def test_ranks_with_different_algorithms_are_told_at_once(in_world):
 
 
 def test_what_cannot_work_is_refused(in_world):
-    for unknown, optimizer, frozen in in_world(FILE, "misused", 2):
+    for unknown, empty, optimizer, frozen in in_world(FILE, "misused", 2):
         assert "Did you mean 'bytegrad'" in unknown
+        assert "There is no algorithm ''" in empty
         assert "QAdam" in optimizer
         assert "onebit" in optimizer
         assert "No parameter" in frozen

@@ -171,6 +171,7 @@ def misused(rank: int, size: int, arguments: Any) -> list[str]:
     frozen = make_model().requires_grad_(False)
     for call in (
         lambda: wrap(model, make_optimizer("", model), "bytegard"),
+        lambda: wrap(model, make_optimizer("", model), ""),
         lambda: wrap(model, make_optimizer("", model), "qadam"),
         lambda: wrap(frozen, make_optimizer("", model), "bytegrad"),
     ):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from capstan.errors import UsageError
+from capstan.errors import UsageError, unknown_name
 from capstan.hardware import Cluster
 
 if TYPE_CHECKING:
@@ -48,11 +48,13 @@ def allocate_step(
     named: Mapping[str, str | None],
 ) -> None:
     """Plan, plan again where devices change, write what was asked for, print."""
-    from capstan.allocation import UNKNOWN_FLOPS_PER_S, gantt_svg, plan_step, replan
+    from capstan.allocation import SCHEDULES, UNKNOWN_FLOPS_PER_S, gantt_svg, plan_step, replan
     from capstan.plans import explain
     from capstan.storage import write_atomically
 
     slow = _slow_devices(asked.slow)
+    if asked.schedule is not None and asked.schedule not in (*SCHEDULES, "auto"):
+        raise unknown_name("schedule", asked.schedule, (*SCHEDULES, "auto"))
     found = plan_step(
         network,
         stages=stages,

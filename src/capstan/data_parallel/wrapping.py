@@ -58,7 +58,7 @@ def wrap(
     Raises:
         UsageError: the model, the optimizer and the algorithm do not fit each other, or ranks differ.
     """
-    chosen = algorithm or os.environ.get(ALGORITHM_VARIABLE, DEFAULT_ALGORITHM)
+    chosen = os.environ.get(ALGORITHM_VARIABLE, DEFAULT_ALGORITHM) if algorithm is None else algorithm
     made = algorithm_from_name(chosen) if isinstance(chosen, str) else chosen
     if isinstance(made, type):
         made = made()
