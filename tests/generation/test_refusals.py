@@ -98,6 +98,13 @@ def test_a_file_of_garbage_is_refused(
         open_engine(folder)
 
 
+@pytest.mark.parametrize("text", ["{", "3", '{"added_tokens": [], "model": {"type": "x"}}'])
+def test_a_damaged_tokenizer_is_named(text: str, folder: Path, open_engine: Callable[..., Engine]) -> None:
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(InputError, match=f"The tokenizer in {folder} cannot be read"):
+        open_engine(folder)
+
+
 def test_weights_of_another_shape_than_the_config_says_are_refused_with_both_shapes(
     folder: Path, open_engine: Callable[..., Engine]
 ) -> None:
