@@ -1,4 +1,4 @@
-"""A folder's tokenizer that cannot be read: what is wrong with the folder is said, and nothing about networks."""
+"""A folder's tokenizer that cannot be read: what is wrong with the folder is said."""
 
 from pathlib import Path
 
