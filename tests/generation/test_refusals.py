@@ -404,3 +404,13 @@ def test_token_zero_can_end_an_answer(where: str, folder: Path, open_engine: Cal
         (folder / where).write_text(json.dumps({"eos_token_id": 0}))
     with open_engine(folder) as engine:
         assert engine.model.stop_tokens == {0}
+
+
+def test_an_attention_chosen_from_a_list_of_the_models_own_is_refused_for_that(
+    folder: Path, open_engine: Callable[..., Engine]
+) -> None:
+    from transformers import FalconConfig
+
+    FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(folder)
+    with pytest.raises(UnsupportedModel, match="'falcon' .*does not go through transformers' attention"):
+        open_engine(folder)
