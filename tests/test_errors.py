@@ -54,8 +54,10 @@ def test_an_unknown_name_suggests_the_nearest_one(name, hint):
 
 
 def test_an_unknown_name_where_none_is_known_says_so():
-    error = unknown_name("argument of gsm", "wrong", [])
-    assert str(error) == "There is no argument of gsm 'wrong', nor another."
+    assert (
+        str(unknown_name("argument of gsm", "wrong", []))
+        == "There is no argument of gsm 'wrong', nor another."
+    )
 
 
 def test_require_extra_is_silent_when_everything_is_there():

@@ -98,6 +98,13 @@ def test_a_file_of_garbage_is_refused(
         open_engine(folder)
 
 
+@pytest.mark.parametrize("text", ["{", "3", '{"added_tokens": [], "model": {"type": "x"}}'])
+def test_a_damaged_tokenizer_is_named(text: str, folder: Path, open_engine: Callable[..., Engine]) -> None:
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(InputError, match=f"The tokenizer in {folder} cannot be read"):
+        open_engine(folder)
+
+
 def test_weights_of_another_shape_than_the_config_says_are_refused_with_both_shapes(
     folder: Path, open_engine: Callable[..., Engine]
 ) -> None:
@@ -397,3 +404,13 @@ def test_token_zero_can_end_an_answer(where: str, folder: Path, open_engine: Cal
         (folder / where).write_text(json.dumps({"eos_token_id": 0}))
     with open_engine(folder) as engine:
         assert engine.model.stop_tokens == {0}
+
+
+def test_an_attention_chosen_from_a_list_of_the_models_own_is_refused_for_that(
+    folder: Path, open_engine: Callable[..., Engine]
+) -> None:
+    from transformers import FalconConfig
+
+    FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(folder)
+    with pytest.raises(UnsupportedModel, match="'falcon' .*does not go through transformers' attention"):
+        open_engine(folder)

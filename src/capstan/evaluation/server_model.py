@@ -27,6 +27,7 @@ from capstan.evaluation.models import (
     num_tokens_after,
 )
 from capstan.evaluation.token_texts import cut_at_ends, num_covering, pieces_of, tokens_within
+from capstan.evaluation.tokenizer_only import read_tokenizer
 
 _TIMEOUT_S, _TRIES, _CONCURRENT = 600.0, 3, 16
 _ASSUMED_LENGTH = 2048
@@ -66,14 +67,7 @@ class ServerModel:
         self.name = name
         self._url = url.rstrip("/")
         self._token, self._timeout_s = token, timeout_s
-        self._tokenizer: Any = None
-        if tokenizer is not None:
-            from transformers import AutoTokenizer
-
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-            except (OSError, ValueError) as error:
-                raise InputError(f"There is no tokenizer in {tokenizer}: {error}") from error
+        self._tokenizer: Any = None if tokenizer is None else read_tokenizer(tokenizer)
         told = self._told_length()
         known = [each for each in (told, max_length) if each is not None]
         length = min(known, default=_ASSUMED_LENGTH)

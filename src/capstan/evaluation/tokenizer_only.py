@@ -2,9 +2,29 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from capstan.errors import InputError, require_extra
 from capstan.evaluation.models import Limits, Pair, Request, Result, Scored
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a folder.
+
+    Raises:
+        InputError: there is no folder, or no tokenizer that can be read in it.
+    """
+    require_extra("generation", "transformers")
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise InputError(
+            f"There is no folder {folder}. Name a folder with a tokenizer in Hugging Face format."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a tokenizer's own files lead to
+        raise InputError(f"The tokenizer in {folder} cannot be read: {error}") from error
 
 
 class TokenizerOnly:
@@ -15,13 +35,7 @@ class TokenizerOnly:
     """
 
     def __init__(self, folder: Path) -> None:
-        require_extra("generation", "transformers")
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise InputError(f"There is no tokenizer in {folder}: {error}") from error
+        self._tokenizer = read_tokenizer(folder)
         self.name, self.limits = folder.name, Limits()
 
     @property

@@ -31,6 +31,7 @@ from capstan.evaluation.token_texts import (
     num_covering,
     pieces_of,
 )
+from capstan.evaluation.tokenizer_only import read_tokenizer
 
 _BATCH_TOKENS = 4096
 _LARGEST_BATCH = 64
@@ -106,7 +107,7 @@ class TransformersModel:
         shares_prefixes: bool = True,
     ) -> None:
         require_extra("generation", "torch", "transformers")
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         self.folder = Path(folder)
         self.name = self.folder.name
@@ -114,8 +115,8 @@ class TransformersModel:
             raise InputError(
                 f"There is no folder {folder}. Name a folder with a model in Hugging Face format."
             )
+        self.tokenizer = read_tokenizer(self.folder)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype or "auto")
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"transformers cannot load {folder}: {error}") from error

@@ -135,7 +135,7 @@ def _tokenizer(folder: Path) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever a tokenizer's own files lead to
         raise InputError(f"The tokenizer in {folder} cannot be read: {error}") from error
 
 

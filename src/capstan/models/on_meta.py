@@ -57,6 +57,11 @@ def build_on_meta(folder: Path, dtype: torch.dtype | None, *, attention: str | N
                 config, attn_implementation=attention, dtype=config.dtype or torch.float32
             )
     except Exception as error:  # whatever a model's own code, or a config that lacks something, leads to
+        if attention is not None and isinstance(error, KeyError) and error.args == (attention,):
+            raise UnsupportedModel(
+                f"{config.model_type!r} in {folder} chooses its attention from its own list: it does not go "
+                "through transformers' attention interface, so its KV cache cannot be placed."
+            ) from error
         raise UnsupportedModel(
             f"transformers cannot build {config.model_type!r} from {folder} for this engine: {error}"
         ) from error
