@@ -58,6 +58,7 @@ def test_unknown_algorithms_and_scripts_that_are_not_there_are_refused(run, tmp_
     ran = run("train", "dp", "--script", tmp_path / "no.py")
     assert ran.code == 1
     assert "There is no script" in ran.words
+    assert "other words are its own arguments" in run("train", "dp", "no-such-script.py").words
     ran = run("train", "dp", "--algorithm", "bytegard")
     assert ran.code == 2
     assert "Did you mean 'bytegrad'" in ran.words

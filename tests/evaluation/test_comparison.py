@@ -68,3 +68,9 @@ def test_damaged_requests_are_named(tmp_path):
     next(b.rglob("scenario_state.json")).write_text("{")
     with pytest.raises(InputError, match=r"scenario_state.json is damaged"):
         compare_folders(a, b, metrics={"mine": "exact_match"})
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    write(tmp_path / "a", [("id1", "one", 1.0)])
+    with pytest.raises(InputError, match="There is no folder .*nowhere"):
+        compare_folders(tmp_path / "a", tmp_path / "nowhere", metrics={"mine": "exact_match"})

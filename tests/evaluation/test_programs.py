@@ -29,8 +29,14 @@ def test_a_right_program_passes_however_its_first_line_came(answer):
     assert passes(ADD, answer)
 
 
+SAYS_THE_WORD_ITSELF = """import json, os
+    os.write(2, json.load(open("told.json"))["word"].encode())
+    os._exit(0)"""
+
+
 @pytest.mark.parametrize(
-    "answer", ["return a - b", "exit()", "import sys; sys.exit(0)", "a +", "", "\x00", "\ud800"]
+    "answer",
+    ["return a - b", "exit()", "import sys; sys.exit(0)", SAYS_THE_WORD_ITSELF, "a +", "", "\x00", "\ud800"],
 )
 def test_a_wrong_program_or_one_that_ends_itself_does_not_pass(answer):
     assert not passes(ADD, answer)

@@ -211,7 +211,7 @@ def test_files_that_are_wrong_are_refused_when_they_are_opened(tmp_path):
         "missing": "no file",
         "short": "cut short.*3328 bytes.*3320",
         "text": "is no .npy",
-        "empty": "is no .npy",
+        "empty": r"is no .npy file: .*\w\. Write it",
         "big": "byte order",
         "words": "numbers",
         "none": "empty",

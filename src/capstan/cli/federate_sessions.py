@@ -73,6 +73,7 @@ def join(
 
     source = None if data is None else DeviceSource(data, inputs, label)
     security = _security(certificate, key, authority, token_file)
+    typer.echo(f"device {device} asks {address}, which has a minute to answer", err=True)
     with Session(address, name=f"device {device}", security=security) as session:
         tasks = join_run(session, device, source)
     typer.echo(f"device {device} did {tasks} tasks")

@@ -98,7 +98,9 @@ def data_parallel(
             typer.echo(explain_algorithms(workload, network))
         return
     if not script.is_file():
-        raise InputError(f"There is no script {script}. Name one with --script.")
+        raise InputError(
+            f"There is no script {script}. Name one with --script; other words are its own arguments."
+        )
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     if rendezvous is None:
         command.append("--standalone")

@@ -178,11 +178,13 @@ def compare_folders(a: Path, b: Path, *, metrics: Mapping[str, str]) -> list[Dif
     Instances are paired by what they say, not by their ids, which another file or order of it changes.
 
     Raises:
-        InputError: they have no run in common.
+        InputError: a folder is not there, or they have no run in common.
     """
+    for folder in (a, b):
+        if not folder.is_dir():
+            raise InputError(f"There is no folder {folder}. Name the folder of an evaluation.")
     runs_a = {path.parent.name: path.parent for path in a.rglob("per_instance_stats.json")}
     runs_b = {path.parent.name: path.parent for path in b.rglob("per_instance_stats.json")}
-    common = sorted(run_key(name) for name in runs_a)
     by_key_a = {run_key(name): path for name, path in runs_a.items()}
     by_key_b = {run_key(name): path for name, path in runs_b.items()}
     common = sorted(by_key_a.keys() & by_key_b.keys())

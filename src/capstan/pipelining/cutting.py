@@ -83,8 +83,8 @@ class ChainShapes:
                     values = layer(values)
                 except NotImplementedError as error:
                     raise UnsupportedModel(
-                        f"The shapes in stage {index} depend on the data ({type(layer).__name__}), so the "
-                        "next stage cannot know what will come."
+                        f"The shapes in stage {index} cannot be told without data ({type(layer).__name__}), "
+                        f"so the next stage cannot know what will come: {error}"
                     ) from error
             self._check(index, values, len(inputs))
             found.append(values)

@@ -115,7 +115,8 @@ def open_npy(path: Path | str) -> StoredTensor:
             read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
             shape, is_fortran, dtype = read_header(file)
         except ValueError as error:
-            raise InputError(f"{path} is no .npy file: {error} Write it with numpy.save.") from error
+            why = str(error).rstrip(".")
+            raise InputError(f"{path} is no .npy file: {why}. Write it with numpy.save.") from error
         offset = file.tell()
     if dtype.kind not in "biufc" or not dtype.isnative:
         raise InputError(
